@@ -1,0 +1,1 @@
+"""Plumbing that the four scripts share: environments, seeding, checkpoints, the run folder."""

@@ -1,0 +1,91 @@
+"""Tensors: running statistics, parameters as one vector, and a PyTorch function traced into NumPy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of every sample ever passed to `update`; all environments share them."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std as float32
+        self.register_buffer("scale", torch.ones(shape))
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take samples [B, *shape]: the pairwise algorithm of Chan, Golub and LeVeque 1979."""
+        x = x.double()
+        count, delta = self.count + len(x), x.mean(0) - self.mean
+        between = delta**2 * self.count * len(x) / count
+        self.var.copy_((self.var * self.count + x.var(0, correction=0) * len(x) + between) / count)
+        self.mean += delta * len(x) / count
+        self.count.copy_(count)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+
+
+def flatten_parameters(module: nn.Module) -> torch.Tensor:
+    """Move the parameters of `module` into one vector [P], whose views they become, and return it."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    for parameter, view in zip(module.parameters(), flat.split(sizes), strict=True):
+        parameter.data = view.view_as(parameter)
+    return flat
+
+
+# what to_numpy knows of PyTorch, by the names of its ATen operators
+OPERATIONS = {
+    "add": "{0} + {1}",
+    "addcmul": "{0} + {1} * {2}",
+    "addmm": "{1} @ {2} + {0}",
+    "argmax": "np.argmax({0}, {1})",
+    "clamp": "np.minimum(np.maximum({0}, {1}), {2})",
+    "div": "{0} / {1}",
+    "exp": "np.exp({0})",
+    "mul": "{0} * {1}",
+    "relu": "np.maximum({0}, 0)",
+    "sub": "{0} - {1}",
+    "t": "{0}.T",
+    "tanh": "np.tanh({0})",
+    "view": "{0}.reshape({1})",
+}
+
+
+def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
+    """Return `function`, which takes tensors shaped as `examples`, as one that returns NumPy arrays.
+
+    On a few rows PyTorch takes several times as long as the arithmetic, and NumPy's calls are cheaper.
+    On the CPU `function` is therefore traced and written down in NumPy; weights keep sharing their
+    memory. Elsewhere, and with an operation that OPERATIONS lacks, `function` itself is called. It
+    must not branch on values.
+    """
+
+    def untraced(*tensors: torch.Tensor) -> list[np.ndarray]:
+        return [output.cpu().numpy() for output in function(*tensors)]
+
+    if any(x.device.type != "cpu" for x in examples):
+        return untraced
+    graph = make_fx(lambda *x: function(*x))(*examples)
+    names, inputs, lines = {"np": np}, [], []
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(node.name)
+            lines.append(f"{node.name} = {node.name}.numpy()")
+        elif node.op == "get_attr":
+            names[node.name] = getattr(graph, node.target).detach().numpy()
+        elif node.op == "call_function":
+            operation = node.target._schema.name.removeprefix("aten::")
+            if operation not in OPERATIONS or node.kwargs:
+                return untraced
+            lines.append(f"{node.name} = {OPERATIONS[operation].format(*node.args)}")
+        else:
+            lines.append(f"return {node.args[0]}")
+    exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
+    return names["traced"]

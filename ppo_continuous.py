@@ -1,0 +1,501 @@
+"""Proximal Policy Optimization for continuous actions, in one file.
+
+The idea: collect a few thousand steps with the current policy; estimate how much better than expected each
+action was (GAE); then take many small gradient steps that make good actions likelier, but stop gaining once
+the new policy's probability of an action has moved by more than a fifth (the clipped objective).
+Schulman et al. 2017, arXiv:1707.06347; the details are named as in Huang et al. 2022, "The 37
+Implementation Details of Proximal Policy Optimization".
+
+    python ppo_continuous.py                                    # HalfCheetah-v5, 1M steps
+    python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --total-timesteps 300000
+
+What to look at: charts/episodic_return rises; losses/approx_kl stays below about 0.02 and losses/clipfrac
+between 0.05 and 0.3; losses/explained_variance goes towards 1; losses/entropy falls slowly.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, grad_and_value
+
+from common import envs, runs, seeding
+from common.tensors import RunningStatistics, flatten_parameters, to_numpy
+
+SCRIPT = Path(__file__).stem
+METRICS = ("loss", "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)  # integrates over a standard normal
+NODES, WEIGHTS = NODES.tolist(), (WEIGHTS / WEIGHTS.sum()).tolist()
+
+
+
+@dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed from which every random stream of the run is spawned"""
+    torch_deterministic: bool = True
+    """deterministic algorithms on CUDA too, so that resuming is exact there (on the CPU they always are)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes what is faster for this work"""
+    num_threads: int = 1
+    """threads that PyTorch computes with"""
+    compile: bool = True
+    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "single-file-rl"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """entity (team) in Weights & Biases"""
+    capture_video: bool = False
+    """record the first episode of every evaluation to the run folder's videos/"""
+    run_dir: str = ""
+    """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
+    resume: str = ""
+    """continue the run in this folder, exactly as if it had never stopped"""
+    evaluate: str = ""
+    """evaluate the last checkpoint of the run in this folder, and train nothing"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+    checkpoint_every: int = 50_000
+    """environment steps between checkpoints; 0: only at the end and when stopped"""
+    eval_every: int = 0
+    """environment steps between evaluations; 0: only at the end"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+
+    env_id: str = "HalfCheetah-v5"
+    """environment; my_module:MyEnv-v0 imports my_module first"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run, rounded down to whole rollouts"""
+    learning_rate: float = 3e-4
+    """Adam's learning rate at the start"""
+    num_envs: int = 1
+    """environments that step together"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """step the environments in this process, or each in a process of its own"""
+    num_steps: int = 2048
+    """steps of each environment in a rollout"""
+    anneal_lr: bool = True
+    """let the learning rate fall over the run, as --lr-schedule says"""
+    lr_schedule: Literal["linear", "cosine"] = "linear"
+    """how it falls, to zero"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 32
+    """minibatches that the rollout is split into in every epoch"""
+    minibatch_size: int | None = None
+    """in place of --num-minibatches: samples in a minibatch; a remainder is dropped in every epoch"""
+    update_epochs: int = 10
+    """passes over the rollout in an update"""
+    norm_obs: bool = True
+    """normalise observations with running statistics"""
+    norm_reward: bool = True
+    """scale rewards by the standard deviation of the running discounted return"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    recompute_advantages: bool = False
+    """recompute values and advantages before every epoch, not once per rollout"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may move before the objective stops rewarding it"""
+    clip_vloss: bool = True
+    """clip the value's move in the value loss too"""
+    vf_loss: Literal["mse", "huber"] = "mse"
+    """error that the value loss measures"""
+    ent_coef: float = 0.0
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this global norm"""
+    target_kl: float | None = None
+    """end an update after the epoch whose mean approximate KL exceeds this"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers of the policy's and the value's network"""
+    squash: bool = False
+    """squash actions into their bounds with tanh, rather than clip them"""
+
+
+def mlp(sizes: list[int], gain: float) -> nn.Sequential:
+    """Tanh network. Detail 2: orthogonal weights of gain sqrt(2), `gain` in the last layer, zero biases."""
+    layers = []
+    for i in range(len(sizes) - 1):
+        linear = nn.Linear(sizes[i], sizes[i + 1])
+        nn.init.orthogonal_(linear.weight, math.sqrt(2) if i < len(sizes) - 2 else gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Gaussian policy with a state-independent log-std, value network, and the statistics of both."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
+        super().__init__()
+        obs_size, action_size = math.prod(obs_shape), math.prod(action_space.shape)
+        self.actor = mlp([obs_size, *args.hidden_sizes, action_size], gain=0.01)
+        self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
+        self.log_std = nn.Parameter(torch.zeros(action_size))
+        self.squash, self.norm_obs = args.squash, args.norm_obs
+        self.obs_statistics = RunningStatistics(obs_shape)
+        self.return_statistics = RunningStatistics(())
+        self.register_buffer("low", torch.from_numpy(action_space.low).float())
+        self.register_buffer("high", torch.from_numpy(action_space.high).float())
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """Flatten raw observations [B, *obs_shape] to [B, O], and normalise them to within 10 deviations."""
+        if self.norm_obs:
+            obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
+        return obs.flatten(1)
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Values [B] of normalised observations [B, O]."""
+        return self.critic(x).squeeze(-1)
+
+    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Policy (mean [B, A], log-std [A]) and values [B] of normalised observations [B, O]."""
+        return (self.actor(x), self.log_std), self.value(x)
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions [B, A], and as the environment takes them, for raw observations and N(0, 1) noise."""
+        action = torch.addcmul(self.actor(self.normalize(obs)), self.log_std.exp(), noise)
+        return action, self.env_action(action)
+
+    def env_action(self, action: torch.Tensor) -> torch.Tensor:
+        """Bring actions [B, A] into the environment's shape and bounds."""
+        action, low, high = action.view(-1, *self.low.shape), self.low, self.high
+        return low + (high - low) * (action.tanh() + 1) / 2 if self.squash else action.clamp(low, high)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The deterministic action for one raw observation."""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.low.device)
+        return self.env_action(self.actor(self.normalize(obs[None])))[0].cpu().numpy()
+
+
+class Rollout:
+    """T steps of N environments as they came: raw observations, unclipped actions, unscaled rewards."""
+
+    def __init__(self, num_steps: int, num_envs: int, obs_shape, action_shape, device: torch.device):
+        self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape, device=device)  # the last: pending
+        self.actions = torch.zeros(num_steps, num_envs, *action_shape, device=device)
+        self.rewards = np.zeros((num_steps, num_envs))
+        self.terminations = np.zeros((num_steps, num_envs), dtype=bool)
+        self.truncations = np.zeros((num_steps, num_envs), dtype=bool)
+        self.final_obs = {}  # (t, n) of a truncation -> the real last observation
+
+
+def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
+    """log(1 - tanh(u)^2), exact however large u is (Haarnoja et al. 2018, arXiv:1812.05905, appendix C)."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+def gaussian_log_prob(mean, log_std, u, squash: bool) -> torch.Tensor:
+    """Log-density [B] of samples u [B, A]; with `squash`, that of tanh(u), an action in (-1, 1)^A."""
+    log_prob = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_prob - tanh_log_det(u) if squash else log_prob).sum(-1)
+
+
+def gaussian_entropy(mean, log_std, squash: bool) -> torch.Tensor:
+    """Entropy [B] of the policy; squashed, it has no closed form: Gauss-Hermite quadrature."""
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
+    if squash:
+        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES)
+        entropy = entropy + (tanh_log_det(u) * mean.new_tensor(WEIGHTS)).sum(-1)
+    return entropy.sum(-1)
+
+
+def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> np.ndarray:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16), all [T, N].
+
+    next_values[t] is the value of the observation that step t really led to, which at the end of an
+    episode is not that of the reset. Terminations have no future; both ends cut the sum over lambda.
+    """
+    deltas = rewards + gamma * next_values * ~terminations - values
+    decays = gamma * gae_lambda * ~(terminations | truncations)
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages
+
+
+def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.ndarray:
+    """Running sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated.
+
+    Their standard deviation is the scale of rewards.
+    """
+    returns = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = gamma * carry + rewards[t]
+        carry[:] = returns[t] * ~ends[t]
+    return returns
+
+
+def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
+    """Loss of a minibatch (Schulman et al. 2017, equations 7 and 9) and METRICS; arguments are [B]."""
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    if args.norm_adv:  # detail 7: per minibatch
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)  # detail 8
+    policy_loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+
+    error = F.huber_loss if args.vf_loss == "huber" else F.mse_loss
+    value_error = error(value, target, reduction="none")
+    if args.clip_vloss:  # detail 9: the larger of the two errors
+        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.maximum(value_error, error(clipped_value, target, reduction="none"))
+    value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)
+
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
+    kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # joschu.net/blog/kl-approx.html
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    metrics = loss, policy_loss, value_loss, entropy.mean(), *kl, clipfrac
+    return loss, torch.stack(metrics).detach()
+
+
+def adam_step(parameters, gradient, adam: dict[str, torch.Tensor], lr: torch.Tensor, eps: float) -> None:
+    """One step of Adam, in place (Kingma & Ba 2015, algorithm 1), for all parameters as one vector [P]."""
+    adam["step"] += 1
+    adam["exp_avg"].lerp_(gradient, 1 - 0.9)
+    adam["exp_avg_sq"].lerp_(gradient**2, 1 - 0.999)
+    bias1, bias2 = (1 - torch.exp(adam["step"] * math.log(beta)) for beta in (0.9, 0.999))
+    parameters -= lr / bias1 * adam["exp_avg"] / ((adam["exp_avg_sq"] / bias2).sqrt() + eps)
+
+
+def make_update(agent: Agent, args: Args) -> Callable:
+    """Return `update(parameters, adam, batch, indices, lr)`: one gradient step, in place, and its METRICS.
+
+    A function of tensors alone, so that torch.compile makes one graph of forward pass, gradient, clipping
+    and Adam. The network is `agent` itself, called with the views of `parameters` as its weights.
+    """
+    shapes = {name: parameter.shape for name, parameter in agent.named_parameters()}
+
+    def loss(parameters, obs, actions, *rest):
+        chunks = parameters.split([shape.numel() for shape in shapes.values()])
+        weights = {name: x.view(shape) for (name, shape), x in zip(shapes.items(), chunks)}
+        policy, value = functional_call(agent, weights, obs)
+        log_prob = gaussian_log_prob(*policy, actions, args.squash)
+        return ppo_loss(log_prob, gaussian_entropy(*policy, args.squash), value, *rest, args)
+
+    def update(parameters, adam, batch, indices, lr):
+        minibatch = [x[indices] for x in batch]
+        gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(parameters, *minibatch)
+        gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)  # detail 11
+        adam_step(parameters, gradient, adam, lr, eps=1e-5)  # detail 3
+        return metrics
+
+    return update
+
+
+def learning_rate(progress: float, args: Args) -> float:
+    """Learning rate (detail 4) when a share `progress` of the run is done."""
+    if not args.anneal_lr:
+        return args.learning_rate
+    left = 1 - progress if args.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return args.learning_rate * left
+
+
+def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
+    """Advantages, values and value targets of a rollout, each [T * N]; statistics stay as they are."""
+    values = agent.value(agent.normalize(rollout.obs.flatten(0, 1))).view(rollout.obs.shape[:2])
+    values = values.cpu().numpy()
+    values, next_values = values[:-1], values[1:].copy()
+    if rollout.final_obs:  # where an episode was cut, its last observation, not the next one's first
+        final_obs = torch.as_tensor(np.stack(list(rollout.final_obs.values())), device=rollout.obs.device)
+        final_values = agent.value(agent.normalize(final_obs))
+        next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
+    rewards = rollout.rewards
+    if args.norm_reward:
+        rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
+    ends = rollout.terminations, rollout.truncations
+    advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    arrays = advantages, values, advantages + values
+    return [torch.as_tensor(x, dtype=torch.float32, device=rollout.obs.device).flatten() for x in arrays]
+
+
+def check_args(args: Args) -> tuple[gym.spaces.Box, gym.spaces.Box]:
+    """Return the environment's spaces; end with one line if an argument cannot work."""
+    runs.check_ranges(args)
+    batch_size = args.num_envs * args.num_steps
+    if args.minibatch_size is None:
+        fits = batch_size % args.num_minibatches == 0
+        runs.require(fits, args, "num_minibatches", f"must divide a rollout's {batch_size} samples")
+        args.minibatch_size = batch_size // args.num_minibatches
+    least = 1 + args.norm_adv  # one sample has no standard deviation
+    fits = least <= args.minibatch_size <= batch_size
+    runs.require(fits, args, "minibatch_size", f"must be from {least} to {batch_size}")
+    least = batch_size * (1 + (args.norm_obs or args.norm_reward))
+    runs.require(args.total_timesteps >= least, args, "total_timesteps", f"must be at least {least}")
+    spaces = envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py")
+    if args.squash and not spaces[1].is_bounded():
+        runs.fail(f"--squash: the actions of {args.env_id} have no bounds")
+    return spaces
+
+
+@torch.no_grad()
+def train(args: Args, checkpoint: dict | None = None) -> Path:
+    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    obs_space, action_space = check_args(args)
+    device = runs.setup_torch(args, faster="cpu")  # small networks, one observation at a time
+    seeding.seed_global(args.seed)
+    rng = {name: seeding.torch_generator(args.seed, name, device) for name in ("action", "minibatch")}
+    agent = Agent(obs_space.shape, action_space, args).to(device)
+    parameters = flatten_parameters(agent)
+    adam = {name: torch.zeros_like(parameters) for name in ("exp_avg", "exp_avg_sq")}
+    adam["step"] = torch.zeros((), device=device)
+    update = runs.compile_function(make_update(agent, args), args)
+    vector_env = envs.make_vector_env(args.env_id, args.num_envs, args.vectorization)
+    next_obs, _ = vector_env.reset(seed=seeding.env_seeds(args.seed, args.num_envs))
+    rollout = Rollout(args.num_steps, args.num_envs, obs_space.shape, agent.log_std.shape, device)
+    episodes = envs.EpisodeStatistics(args.num_envs)
+    carry = np.zeros(args.num_envs)  # of discounted_returns
+    batch_size = args.num_envs * args.num_steps
+    global_step, last_step = 0, args.total_timesteps // batch_size * batch_size
+    best_return = -math.inf
+
+    if checkpoint:
+        global_step, best_return = checkpoint["global_step"], checkpoint["best_return"]
+        agent.load_state_dict(checkpoint["agent"])
+        adam = {name: x.to(device) for name, x in checkpoint["adam"].items()}
+        lost = envs.load_envs(vector_env, checkpoint["envs"], next_obs)
+        episodes.load(checkpoint["episodes"], lost)
+        carry = np.where(lost, 0.0, checkpoint["carry"])
+        seeding.set_rng_state(checkpoint["rng"], rng)
+    rollout.obs[-1] = torch.as_tensor(next_obs)
+    act = to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
+
+    def state() -> dict:
+        """Everything that decides how training goes on."""
+        return {
+            "global_step": global_step,
+            "best_return": best_return,
+            "agent": agent.state_dict(),
+            "adam": adam,
+            "envs": envs.save_envs(vector_env, next_obs),
+            "episodes": episodes.state(),
+            "carry": carry,
+            "rng": seeding.get_rng_state(rng),
+        }
+
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint) as run:
+        if checkpoint is None:
+            run.save(state())
+        while global_step < last_step:
+            # collect a rollout; what does not feed the next action waits until it is complete
+            start_step, global_step = global_step, global_step + batch_size
+            noise = torch.randn(rollout.actions.shape, generator=rng["action"], device=device)
+            rollout.obs[0] = rollout.obs[-1]
+            rollout.final_obs.clear()
+            for t in range(args.num_steps):
+                action, env_action = act(rollout.obs[t], noise[t])
+                next_obs, reward, terminated, truncated, infos = vector_env.step(env_action)
+                rollout.obs[t + 1] = torch.as_tensor(next_obs)
+                rollout.actions[t] = torch.as_tensor(action)  # unclipped (detail 6 is the environment's)
+                rollout.rewards[t], rollout.terminations[t] = reward, terminated
+                rollout.truncations[t] = truncated & ~terminated
+                if "final_obs" in infos:
+                    for n in np.flatnonzero(rollout.truncations[t]):
+                        rollout.final_obs[t, n] = np.array(infos["final_obs"][n], np.float32)
+            if not (np.isfinite(rollout.rewards).all() and rollout.obs.isfinite().all()):
+                run.abort(f"{args.env_id} gave a NaN or infinite reward or observation")
+            ends = rollout.terminations | rollout.truncations
+            for t, episodic_return, length in episodes.update(rollout.rewards, ends):
+                run.episode(episodic_return, length, start_step + (t + 1) * args.num_envs)
+
+            # update, but not on the first rollout if that is there to measure the statistics
+            lr = learning_rate(start_step / last_step, args)
+            if start_step > 0 or not (args.norm_obs or args.norm_reward):
+                obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
+                obs = agent.normalize(obs)
+                old_log_prob = gaussian_log_prob(*agent(obs)[0], actions, args.squash)
+                lr_tensor, metrics = torch.tensor(lr, device=device), []
+                for epoch in range(args.update_epochs):
+                    if epoch == 0 or args.recompute_advantages:
+                        advantages, values, targets = estimate(agent, rollout, args)
+                    batch = obs, actions, old_log_prob, advantages, values, targets
+                    order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
+                    for i in range(batch_size // args.minibatch_size):
+                        indices = order[i * args.minibatch_size : (i + 1) * args.minibatch_size]
+                        metrics.append(update(parameters, adam, batch, indices, lr_tensor))
+                    if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
+                        break  # detail 12
+                losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+                losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
+                if not (math.isfinite(losses["loss"]) and parameters.isfinite().all()):
+                    run.abort("the loss became NaN or infinite")
+                run.scalars({f"losses/{name}": x for name, x in losses.items()}, global_step)
+            run.scalars({"charts/learning_rate": lr}, global_step)
+
+            # the statistics that acting and learning shared in this iteration learn of it only now
+            if args.norm_obs:
+                agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
+            if args.norm_reward:
+                returns = discounted_returns(rollout.rewards, ends, args.gamma, carry)
+                agent.return_statistics.update(torch.as_tensor(returns, device=device).flatten())
+
+            last = global_step == last_step
+            if last or runs.due(args.eval_every, start_step, global_step):
+                mean = run.evaluation(*evaluate(agent, args, run.dir), global_step)
+                if mean > best_return:
+                    best_return = mean
+                    run.save({"global_step": global_step, "agent": agent.state_dict()}, "best.pt")
+            run.progress(global_step)
+            if last or run.signal or runs.due(args.checkpoint_every, start_step, global_step):
+                run.save(state())
+            if not last:
+                run.leave_if_asked()
+    vector_env.close()
+    print(f"done: {run.dir}")
+    return run.dir
+
+
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> tuple[list[float], list[int]]:
+    """Returns and lengths of deterministic episodes, episode i seeded from (seed, i)."""
+    env = envs.make_eval_env(args, run_dir)
+    returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
+    for i in range(args.eval_episodes):
+        obs, _ = env.reset(seed=seeding.stream_seed(args.seed, "eval", i))
+        terminated = truncated = False
+        while not (terminated or truncated):
+            obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
+            returns[i] += float(reward)
+            lengths[i] += 1
+    env.close()
+    return returns, lengths
+
+
+def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
+    """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
+    checkpoint = runs.load_run(run_dir, SCRIPT, name)
+    weights = checkpoint["agent"]
+    action_space = gym.spaces.Box(weights["low"].numpy(), weights["high"].numpy())
+    agent = Agent(weights["obs_statistics.mean"].shape, action_space, Args(**checkpoint["args"]))
+    agent.load_state_dict(weights)
+    return agent
+
+
+def main() -> None:
+    """Train, resume or evaluate, as the command line says."""
+    args, checkpoint = runs.parse_args(Args, SCRIPT)
+    if args.evaluate:
+        check_args(args)
+        runs.setup_torch(args, faster="cpu")
+        print(runs.describe(*evaluate(load_agent(args.evaluate), args, Path(args.evaluate))))
+    else:
+        train(args, checkpoint)
+
+
+if __name__ == "__main__":
+    main()
