@@ -1,0 +1,56 @@
+"""What the tests share: running a script as a user does, and reading what it left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(1)
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, *(str(arg) for arg in args)]
+
+
+def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script from the repository in `cwd`, with the tests' own environments importable."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        command(ROOT / script, *args), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Everything TensorBoard shows of a run but the speed: tag -> [(step, value)]."""
+    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if tag != "charts/SPS"]
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
+
+
+def assert_same(a, b) -> None:
+    """Equality to the last bit, through dictionaries, sequences, arrays and tensors."""
+    assert type(a) is type(b), (a, b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Tests write where they may."""
+    monkeypatch.chdir(tmp_path)
