@@ -373,6 +373,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         episodes.load(checkpoint["episodes"], lost)
         carry = np.where(lost, 0.0, checkpoint["carry"])
         seeding.set_rng_state(checkpoint["rng"], rng)
+        if global_step >= last_step:
+            print(f"{args.run_dir} is finished, at step {global_step:,}; --evaluate {args.run_dir} plays it")
+            return Path(args.run_dir)
     rollout.obs[-1] = torch.as_tensor(next_obs)
     act = to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
 

@@ -46,6 +46,8 @@ def assert_same(a, b) -> None:
         assert len(a) == len(b)
         for x, y in zip(a, b):
             assert_same(x, y)
+    elif isinstance(a, (str, bytes, int, type(None))):
+        assert a == b
     else:
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True)
 

@@ -1,0 +1,94 @@
+"""Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
+
+import os
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, run_script
+
+CASES = {
+    "--env-id Nope-v3": "Nope",
+    "--env-id nowhere:Thing-v0": "nowhere",
+    "--env-id CartPole-v1": "discrete actions; use ppo_discrete.py",
+    "--env-id toy_envs:Flags-v0": "multibinary actions",
+    "--env-id toy_envs:Words-v0": "Dict observations",
+    "--env-id toy_envs:Unbounded-v0 --squash": "--squash",
+    "--num-envs 0": "at least 1",
+    "--num-steps -5": "at least 1",
+    "--total-timesteps 0": "at least 1",
+    "--total-timesteps 2048": "at least 4096",
+    "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 2048 samples",
+    "--minibatch-size 1": "from 2 to 2048",
+    "--minibatch-size 4096": "from 2 to 2048",
+    "--update-epochs 0": "at least 1",
+    "--learning-rate 0": "above 0",
+    "--learning-rate nan": "--learning-rate",
+    "--learning-rate inf": "--learning-rate",
+    "--gamma 1.5": "from 0 to 1",
+    "--gae-lambda -0.1": "from 0 to 1",
+    "--clip-coef -1": "at least 0",
+    "--target-kl 0": "--target-kl",
+    "--hidden-sizes 64 0": "--hidden-sizes",
+    "--seed -1": "--seed",
+    "--eval-episodes 0": "--eval-episodes",
+    "--num-threads 0": "--num-threads",
+    "--checkpoint-every -1": "--checkpoint-every",
+    "--resume nowhere": "not a run folder",
+    "--evaluate nowhere": "not a run folder",
+    "--resume a --evaluate b": "exclude each other",
+    "--resume nowhere --gamma 0.5": "--gamma",
+    "--run-dir taken": "exists already",
+    "--track": "pip install wandb",
+    "--capture-video": "pip install",
+}
+if not torch.cuda.is_available():
+    CASES["--device cuda"] = "no CUDA device"
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
+    (tmp_path / "taken").mkdir()
+    for package in ("wandb", "moviepy"):  # as if not installed
+        (tmp_path / "hidden" / package).mkdir(parents=True)
+        (tmp_path / "hidden" / package / "__init__.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT / 'tests'}"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        command(ROOT / "ppo_continuous.py", *words.split()), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and CASES[words] in lines[0], done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "hidden"}
+    assert time.perf_counter() - start < 30  # a hang, not a speed
+
+
+def test_unknown_flags_are_refused(tmp_path):
+    done = run_script("ppo_continuous.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--learning-rate" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
+    run = tmp_path / "r"
+    arguments = "--env-id Pendulum-v1 --total-timesteps 128 --num-steps 32 --num-minibatches 2 --update-epochs 1"
+    run_script("ppo_continuous.py", *arguments.split(), "--no-compile", "--run-dir", run, cwd=tmp_path)
+    whole = (run / "checkpoint.pt").read_bytes()
+    refused = (
+        (whole[:1000], "--resume r", "damaged"),
+        (b"", "--evaluate r", "empty"),
+        (whole, "--resume r --total-timesteps 999", "annealed over"),
+        (whole, "--resume r --learning-rate 1", "takes --learning-rate from the run"),
+        (whole, "--evaluate r --eval-every 5", "takes --eval-every from the run"),
+    )
+    for content, words, why in refused:
+        (run / "checkpoint.pt").write_bytes(content)
+        done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path, check=False)
+        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert (run / "checkpoint.pt").read_bytes() == content
+
+
+def test_help_says_what_every_flag_does(tmp_path):
+    text = run_script("ppo_continuous.py", "--help", cwd=tmp_path).stdout
+    assert "--env-id" in text and "HalfCheetah-v5" in text and "generalised advantage" in text
