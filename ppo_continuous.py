@@ -336,8 +336,8 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.spaces.Box]:
     least = 1 + args.norm_adv  # one sample has no standard deviation
     fits = least <= args.minibatch_size <= batch_size
     runs.require(fits, args, "minibatch_size", f"must be from {least} to {batch_size}")
-    least = batch_size * (1 + (args.norm_obs or args.norm_reward))
-    runs.require(args.total_timesteps >= least, args, "total_timesteps", f"must be at least {least}")
+    fits = args.total_timesteps >= batch_size
+    runs.require(fits, args, "total_timesteps", f"must be at least {batch_size}, one rollout")
     spaces = envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py")
     if args.squash and not spaces[1].is_bounded():
         runs.fail(f"--squash: the actions of {args.env_id} have no bounds")
@@ -417,31 +417,30 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             for t, episodic_return, length in episodes.update(rollout.rewards, ends):
                 run.episode(episodic_return, length, start_step + (t + 1) * args.num_envs)
 
-            # update, but not on the first rollout if that is there to measure the statistics
+            # update; acting, old and new log-probabilities, values and rewards see the same statistics
             lr = learning_rate(start_step / last_step, args)
-            if start_step > 0 or not (args.norm_obs or args.norm_reward):
-                obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-                obs = agent.normalize(obs)
-                old_log_prob = gaussian_log_prob(*agent(obs)[0], actions, args.squash)
-                lr_tensor, metrics = torch.tensor(lr, device=device), []
-                for epoch in range(args.update_epochs):
-                    if epoch == 0 or args.recompute_advantages:
-                        advantages, values, targets = estimate(agent, rollout, args)
-                    batch = obs, actions, old_log_prob, advantages, values, targets
-                    order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
-                    for i in range(batch_size // args.minibatch_size):
-                        indices = order[i * args.minibatch_size : (i + 1) * args.minibatch_size]
-                        metrics.append(update(parameters, adam, batch, indices, lr_tensor))
-                    if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
-                        break  # detail 12
-                losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
-                losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
-                if not (math.isfinite(losses["loss"]) and parameters.isfinite().all()):
-                    run.abort("the loss became NaN or infinite")
-                run.scalars({f"losses/{name}": x for name, x in losses.items()}, global_step)
+            obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
+            obs = agent.normalize(obs)
+            old_log_prob = gaussian_log_prob(*agent(obs)[0], actions, args.squash)
+            lr_tensor, metrics = torch.tensor(lr, device=device), []
+            for epoch in range(args.update_epochs):
+                if epoch == 0 or args.recompute_advantages:
+                    advantages, values, targets = estimate(agent, rollout, args)
+                batch = obs, actions, old_log_prob, advantages, values, targets
+                order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
+                for i in range(batch_size // args.minibatch_size):
+                    indices = order[i * args.minibatch_size : (i + 1) * args.minibatch_size]
+                    metrics.append(update(parameters, adam, batch, indices, lr_tensor))
+                if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
+                    break  # detail 12
+            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+            losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
+            if not (math.isfinite(losses["loss"]) and parameters.isfinite().all()):
+                run.abort("the loss became NaN or infinite")
+            run.scalars({f"losses/{name}": x for name, x in losses.items()}, global_step)
             run.scalars({"charts/learning_rate": lr}, global_step)
 
-            # the statistics that acting and learning shared in this iteration learn of it only now
+            # only now do the statistics take the rollout in
             if args.norm_obs:
                 agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
             if args.norm_reward:

@@ -1,6 +1,5 @@
 """Environments: making them, checking their spaces, counting their episodes, saving their state."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -75,7 +74,9 @@ def check_spaces(args, action_type: type, hint: str) -> tuple[gym.spaces.Box, gy
 
 def prepare_video() -> None:
     """Choose a MuJoCo renderer that works here, without a display too, or say what to install."""
-    if not importlib.util.find_spec("moviepy"):
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
         fail("--capture-video needs moviepy: pip install moviepy")
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ:
         return

@@ -69,6 +69,8 @@ def check_ranges(args) -> None:
 def parse_args(args_class: type, script: str) -> tuple:
     """Return the arguments, and the checkpoint with --resume or --evaluate, which take them from the run."""
     args = tyro.cli(args_class)
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
     mode = "resume" if args.resume else "evaluate"
     if not (run_dir := getattr(args, mode)):
         return args, None

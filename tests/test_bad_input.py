@@ -18,7 +18,7 @@ CASES = {
     "--num-envs 0": "at least 1",
     "--num-steps -5": "at least 1",
     "--total-timesteps 0": "at least 1",
-    "--total-timesteps 2048": "at least 4096",
+    "--total-timesteps 2047": "at least 2048",
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 2048 samples",
     "--minibatch-size 1": "from 2 to 2048",
     "--minibatch-size 4096": "from 2 to 2048",

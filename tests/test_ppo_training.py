@@ -81,7 +81,7 @@ def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, squas
     seen = record_updates(monkeypatch)
     ppo.train(ppo.Args(env_id="Pendulum-v1", total_timesteps=640, num_envs=2, squash=squash, run_dir="r",
                        **SHORT | {"num_steps": 32}))  # fmt: skip
-    assert len(seen) == 9 * 2 * 4  # ten rollouts, the first of which only measures
+    assert len(seen) == 10 * 2 * 4
     for _, metrics in seen[::8]:
         assert abs(metrics["old_approx_kl"]) < 1e-6 and metrics["clipfrac"] == 0
         assert metrics["policy_loss"] == pytest.approx(0, abs=1e-5)  # normalised advantages have mean 0
@@ -95,7 +95,7 @@ def test_all_environments_share_statistics_and_stored_observations_are_copies(mo
         stored.append((rollout.obs.clone(), agent.obs_statistics.count.item())), original(agent, rollout, args))[1])  # fmt: skip
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=1280, num_envs=4, run_dir="r", **SHORT)
     agent = ppo.load_agent(ppo.train(args))
-    assert agent.obs_statistics.count == 1280 and [count for _, count in stored] == [256, 512, 768, 1024]
+    assert agent.obs_statistics.count == 1280 and [count for _, count in stored] == [0, 256, 512, 768, 1024]
     obs = stored[0][0]
     assert len(torch.unique(obs.flatten(0, 1), dim=0)) == 65 * 4  # no observation is seen twice
     assert torch.equal(stored[1][0][0], obs[-1])  # the pending observation opens the next rollout
@@ -277,7 +277,7 @@ def test_every_option_trains(monkeypatch, options):
     if "target_kl" in options:
         assert len(seen) == 10 * 4  # one epoch each
     else:
-        assert len(seen) == 9 * 2 and len(seen[0][0][0]) == 64  # one minibatch of 50, 14 dropped
+        assert len(seen) == 10 * 2 and len(seen[0][0][0]) == 64  # one minibatch of 50, 14 dropped
         first, second = seen[0][0], seen[1][0]  # recomputed advantages, same log-probabilities
         assert not torch.equal(first[3], second[3]) and torch.equal(first[2], second[2])
 
