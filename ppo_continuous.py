@@ -1,16 +1,15 @@
 """Proximal Policy Optimization for continuous actions, in one file.
 
-The idea: collect a few thousand steps with the current policy; estimate how much better than expected each
-action was (GAE); then take many small gradient steps that make good actions likelier, but stop gaining once
-the new policy's probability of an action has moved by more than a fifth (the clipped objective).
-Schulman et al. 2017, arXiv:1707.06347; the details are named as in Huang et al. 2022, "The 37
-Implementation Details of Proximal Policy Optimization".
+Collect a rollout with the current policy; estimate how much better than expected each action was (GAE);
+take many small gradient steps that make good actions likelier, but stop gaining once the probability
+of an action has moved by a fifth (the clipped objective). Schulman et al. 2017, arXiv:1707.06347;
+details are numbered as in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
-    python ppo_continuous.py                                    # HalfCheetah-v5, 1M steps
-    python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --total-timesteps 300000
+    python ppo_continuous.py
+    python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
 
-What to look at: charts/episodic_return rises; losses/approx_kl stays below about 0.02 and losses/clipfrac
-between 0.05 and 0.3; losses/explained_variance goes towards 1; losses/entropy falls slowly.
+What to look at: charts/episodic_return rises; losses/approx_kl stays below 0.02 and losses/clipfrac
+between 0.05 and 0.3; losses/explained_variance nears 1; losses/entropy falls slowly.
 """
 
 import math
@@ -27,23 +26,23 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 
 from common import envs, runs, seeding
-from common.tensors import RunningStatistics, flatten_parameters, to_numpy
+from common.tensors import ReturnStatistics, RunningStatistics, flatten_parameters, to_numpy
 
 SCRIPT = Path(__file__).stem
-METRICS = ("loss", "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)  # integrates over a standard normal
-NODES, WEIGHTS = NODES.tolist(), (WEIGHTS / WEIGHTS.sum()).tolist()
-
+METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)  # integrate over a standard normal
 
 
 @dataclass
 class Args:
+    """Train, resume or evaluate PPO with continuous actions."""
+
     exp_name: str = SCRIPT
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seed from which every random stream of the run is spawned"""
     torch_deterministic: bool = True
-    """deterministic algorithms on CUDA too, so that resuming is exact there (on the CPU they always are)"""
+    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes what is faster for this work"""
     num_threads: int = 1
@@ -96,7 +95,7 @@ class Args:
     num_minibatches: int = 32
     """minibatches that the rollout is split into in every epoch"""
     minibatch_size: int | None = None
-    """in place of --num-minibatches: samples in a minibatch; a remainder is dropped in every epoch"""
+    """in place of --num-minibatches: samples in each; an epoch drops the remainder"""
     update_epochs: int = 10
     """passes over the rollout in an update"""
     norm_obs: bool = True
@@ -120,7 +119,7 @@ class Args:
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
     target_kl: float | None = None
-    """end an update after the epoch whose mean approximate KL exceeds this"""
+    """end an update after an epoch that ends with a larger approximate KL (detail 12)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of the policy's and the value's network"""
     squash: bool = False
@@ -128,7 +127,7 @@ class Args:
 
 
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:
-    """Tanh network. Detail 2: orthogonal weights of gain sqrt(2), `gain` in the last layer, zero biases."""
+    """Tanh network; orthogonal weights, `gain` in the last layer, and zero biases (detail 2)."""
     layers = []
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
@@ -149,12 +148,12 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_size))
         self.squash, self.norm_obs = args.squash, args.norm_obs
         self.obs_statistics = RunningStatistics(obs_shape)
-        self.return_statistics = RunningStatistics(())
+        self.return_statistics = ReturnStatistics(args.num_envs)
         self.register_buffer("low", torch.from_numpy(action_space.low).float())
         self.register_buffer("high", torch.from_numpy(action_space.high).float())
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Flatten raw observations [B, *obs_shape] to [B, O], and normalise them to within 10 deviations."""
+        """Flatten observations [B, *obs_shape] to [B, O], normalised and clipped at 10 deviations."""
         if self.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
@@ -163,32 +162,34 @@ class Agent(nn.Module):
         """Values [B] of normalised observations [B, O]."""
         return self.critic(x).squeeze(-1)
 
-    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple:
         """Policy (mean [B, A], log-std [A]) and values [B] of normalised observations [B, O]."""
         return (self.actor(x), self.log_std), self.value(x)
 
-    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions [B, A], and as the environment takes them, for raw observations and N(0, 1) noise."""
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
+        """Actions [B, A] for raw observations and N(0, 1) noise; and as the environment takes them."""
         action = torch.addcmul(self.actor(self.normalize(obs)), self.log_std.exp(), noise)
         return action, self.env_action(action)
 
     def env_action(self, action: torch.Tensor) -> torch.Tensor:
         """Bring actions [B, A] into the environment's shape and bounds."""
-        action, low, high = action.view(-1, *self.low.shape), self.low, self.high
-        return low + (high - low) * (action.tanh() + 1) / 2 if self.squash else action.clamp(low, high)
+        action = action.view(-1, *self.low.shape)
+        if self.squash:
+            return self.low + (self.high - self.low) * (action.tanh() + 1) / 2
+        return action.clamp(self.low, self.high)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The deterministic action for one raw observation."""
+        """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.low.device)
         return self.env_action(self.actor(self.normalize(obs[None])))[0].cpu().numpy()
 
 
 class Rollout:
-    """T steps of N environments as they came: raw observations, unclipped actions, unscaled rewards."""
+    """T steps of N environments: raw observations, unclipped actions, unscaled rewards."""
 
-    def __init__(self, num_steps: int, num_envs: int, obs_shape, action_shape, device: torch.device):
-        self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape, device=device)  # the last: pending
+    def __init__(self, num_steps: int, num_envs: int, obs_shape, action_shape, device):
+        self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape, device=device)
         self.actions = torch.zeros(num_steps, num_envs, *action_shape, device=device)
         self.rewards = np.zeros((num_steps, num_envs))
         self.terminations = np.zeros((num_steps, num_envs), dtype=bool)
@@ -197,12 +198,12 @@ class Rollout:
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
-    """log(1 - tanh(u)^2), exact however large u is (Haarnoja et al. 2018, arXiv:1812.05905, appendix C)."""
+    """log(1 - tanh(u)^2) of Haarnoja et al. 2018, arXiv:1812.05905, exact however large u is."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def gaussian_log_prob(mean, log_std, u, squash: bool) -> torch.Tensor:
-    """Log-density [B] of samples u [B, A]; with `squash`, that of tanh(u), an action in (-1, 1)^A."""
+    """Log-density [B] of samples u [B, A]; with `squash` that of tanh(u), within (-1, 1)."""
     log_prob = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (log_prob - tanh_log_det(u) if squash else log_prob).sum(-1)
 
@@ -211,16 +212,18 @@ def gaussian_entropy(mean, log_std, squash: bool) -> torch.Tensor:
     """Entropy [B] of the policy; squashed, it has no closed form: Gauss-Hermite quadrature."""
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
     if squash:
-        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES)
-        entropy = entropy + (tanh_log_det(u) * mean.new_tensor(WEIGHTS)).sum(-1)
+        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES.tolist())
+        entropy = entropy + (
+            tanh_log_det(u) * mean.new_tensor((WEIGHTS / WEIGHTS.sum()).tolist())
+        ).sum(-1)
     return entropy.sum(-1)
 
 
-def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> np.ndarray:
-    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16), all [T, N].
+def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16); arrays are [T, N].
 
-    next_values[t] is the value of the observation that step t really led to, which at the end of an
-    episode is not that of the reset. Terminations have no future; both ends cut the sum over lambda.
+    next_values[t] is the value of the observation that step t really led to, not of the one after a
+    reset. A termination has no future; the sum over lambda is cut there and at a truncation.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decays = gamma * gae_lambda * ~(terminations | truncations)
@@ -228,18 +231,6 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     for t in reversed(range(len(deltas))):
         advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages
-
-
-def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.ndarray:
-    """Running sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated.
-
-    Their standard deviation is the scale of rewards.
-    """
-    returns = np.zeros_like(rewards)
-    for t in range(len(rewards)):
-        returns[t] = gamma * carry + rewards[t]
-        carry[:] = returns[t] * ~ends[t]
-    return returns
 
 
 def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
@@ -265,8 +256,8 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     return loss, torch.stack(metrics).detach()
 
 
-def adam_step(parameters, gradient, adam: dict[str, torch.Tensor], lr: torch.Tensor, eps: float) -> None:
-    """One step of Adam, in place (Kingma & Ba 2015, algorithm 1), for all parameters as one vector [P]."""
+def adam_step(parameters, gradient, adam: dict, lr: torch.Tensor, eps: float) -> None:
+    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place, on vectors [P]."""
     adam["step"] += 1
     adam["exp_avg"].lerp_(gradient, 1 - 0.9)
     adam["exp_avg_sq"].lerp_(gradient**2, 1 - 0.999)
@@ -275,10 +266,10 @@ def adam_step(parameters, gradient, adam: dict[str, torch.Tensor], lr: torch.Ten
 
 
 def make_update(agent: Agent, args: Args) -> Callable:
-    """Return `update(parameters, adam, batch, indices, lr)`: one gradient step, in place, and its METRICS.
+    """Return `update(parameters, adam, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    A function of tensors alone, so that torch.compile makes one graph of forward pass, gradient, clipping
-    and Adam. The network is `agent` itself, called with the views of `parameters` as its weights.
+    It is a function of tensors, so torch.compile makes one graph of forward pass, gradient, clipping
+    and Adam. The network is `agent`, called with the pieces of the vector `parameters` as weights.
     """
     shapes = {name: parameter.shape for name, parameter in agent.named_parameters()}
 
@@ -300,41 +291,39 @@ def make_update(agent: Agent, args: Args) -> Callable:
 
 
 def learning_rate(progress: float, args: Args) -> float:
-    """Learning rate (detail 4) when a share `progress` of the run is done."""
-    if not args.anneal_lr:
-        return args.learning_rate
-    left = 1 - progress if args.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return args.learning_rate * left
+    """Learning rate when a share `progress` of the run is done (detail 4)."""
+    linear, cosine = 1 - progress, (1 + math.cos(math.pi * progress)) / 2
+    factor = linear if args.lr_schedule == "linear" else cosine
+    return args.learning_rate * (factor if args.anneal_lr else 1.0)
 
 
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
-    """Advantages, values and value targets of a rollout, each [T * N]; statistics stay as they are."""
-    values = agent.value(agent.normalize(rollout.obs.flatten(0, 1))).view(rollout.obs.shape[:2])
-    values = values.cpu().numpy()
+    """Advantages, values and value targets of a rollout, each [T * N]."""
+    values = agent.value(agent.normalize(rollout.obs.flatten(0, 1)))
+    values = values.view(rollout.obs.shape[:2]).cpu().numpy()
     values, next_values = values[:-1], values[1:].copy()
-    if rollout.final_obs:  # where an episode was cut, its last observation, not the next one's first
-        final_obs = torch.as_tensor(np.stack(list(rollout.final_obs.values())), device=rollout.obs.device)
-        final_values = agent.value(agent.normalize(final_obs))
+    if rollout.final_obs:  # where an episode was cut: its real last observation
+        final_obs = torch.from_numpy(np.stack(list(rollout.final_obs.values())))
+        final_values = agent.value(agent.normalize(final_obs.to(rollout.obs.device)))
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
     rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
     ends = rollout.terminations, rollout.truncations
     advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-    arrays = advantages, values, advantages + values
-    return [torch.as_tensor(x, dtype=torch.float32, device=rollout.obs.device).flatten() for x in arrays]
+    arrays = np.stack((advantages, values, advantages + values)).astype(np.float32)
+    return list(torch.from_numpy(arrays).to(rollout.obs.device).flatten(1))
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.spaces.Box]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
-    batch_size = args.num_envs * args.num_steps
+    batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
     if args.minibatch_size is None:
         fits = batch_size % args.num_minibatches == 0
         runs.require(fits, args, "num_minibatches", f"must divide a rollout's {batch_size} samples")
         args.minibatch_size = batch_size // args.num_minibatches
-    least = 1 + args.norm_adv  # one sample has no standard deviation
-    fits = least <= args.minibatch_size <= batch_size
+    fits = least <= args.minibatch_size <= batch_size  # one sample has no standard deviation
     runs.require(fits, args, "minibatch_size", f"must be from {least} to {batch_size}")
     fits = args.total_timesteps >= batch_size
     runs.require(fits, args, "total_timesteps", f"must be at least {batch_size}, one rollout")
@@ -350,7 +339,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     obs_space, action_space = check_args(args)
     device = runs.setup_torch(args, faster="cpu")  # small networks, one observation at a time
     seeding.seed_global(args.seed)
-    rng = {name: seeding.torch_generator(args.seed, name, device) for name in ("action", "minibatch")}
+    rng = {
+        name: seeding.torch_generator(args.seed, name, device) for name in ("action", "minibatch")
+    }
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = flatten_parameters(agent)
     adam = {name: torch.zeros_like(parameters) for name in ("exp_avg", "exp_avg_sq")}
@@ -360,37 +351,27 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     next_obs, _ = vector_env.reset(seed=seeding.env_seeds(args.seed, args.num_envs))
     rollout = Rollout(args.num_steps, args.num_envs, obs_space.shape, agent.log_std.shape, device)
     episodes = envs.EpisodeStatistics(args.num_envs)
-    carry = np.zeros(args.num_envs)  # of discounted_returns
-    batch_size = args.num_envs * args.num_steps
-    global_step, last_step = 0, args.total_timesteps // batch_size * batch_size
-    best_return = -math.inf
+    batch_size, global_step, best_return = args.num_envs * args.num_steps, 0, -math.inf
+    last_step = args.total_timesteps // batch_size * batch_size
 
     if checkpoint:
         global_step, best_return = checkpoint["global_step"], checkpoint["best_return"]
+        if global_step >= last_step:
+            print(f"{args.resume} is finished; to see it: --evaluate {args.resume}")
+            return Path(args.resume)
         agent.load_state_dict(checkpoint["agent"])
         adam = {name: x.to(device) for name, x in checkpoint["adam"].items()}
-        lost = envs.load_envs(vector_env, checkpoint["envs"], next_obs)
-        episodes.load(checkpoint["episodes"], lost)
-        carry = np.where(lost, 0.0, checkpoint["carry"])
+        lost = envs.load_envs(vector_env, episodes, next_obs, checkpoint["envs"])
+        agent.return_statistics.carry[lost] = 0.0
         seeding.set_rng_state(checkpoint["rng"], rng)
-        if global_step >= last_step:
-            print(f"{args.run_dir} is finished, at step {global_step:,}; --evaluate {args.run_dir} plays it")
-            return Path(args.run_dir)
     rollout.obs[-1] = torch.as_tensor(next_obs)
     act = to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
 
     def state() -> dict:
         """Everything that decides how training goes on."""
-        return {
-            "global_step": global_step,
-            "best_return": best_return,
-            "agent": agent.state_dict(),
-            "adam": adam,
-            "envs": envs.save_envs(vector_env, next_obs),
-            "episodes": episodes.state(),
-            "carry": carry,
-            "rng": seeding.get_rng_state(rng),
-        }
+        progress = {"global_step": global_step, "best_return": best_return, "adam": adam}
+        progress["envs"] = envs.save_envs(vector_env, episodes, next_obs)
+        return progress | {"agent": agent.state_dict(), "rng": seeding.get_rng_state(rng)}
 
     with runs.Run(args, SCRIPT, last_step, device, checkpoint) as run:
         if checkpoint is None:
@@ -405,7 +386,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 action, env_action = act(rollout.obs[t], noise[t])
                 next_obs, reward, terminated, truncated, infos = vector_env.step(env_action)
                 rollout.obs[t + 1] = torch.as_tensor(next_obs)
-                rollout.actions[t] = torch.as_tensor(action)  # unclipped (detail 6 is the environment's)
+                rollout.actions[t] = torch.as_tensor(action)
                 rollout.rewards[t], rollout.terminations[t] = reward, terminated
                 rollout.truncations[t] = truncated & ~terminated
                 if "final_obs" in infos:
@@ -419,8 +400,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
             # update; acting, old and new log-probabilities, values and rewards see the same statistics
             lr = learning_rate(start_step / last_step, args)
-            obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-            obs = agent.normalize(obs)
+            obs = agent.normalize(rollout.obs[:-1].flatten(0, 1))
+            actions = rollout.actions.flatten(0, 1)
             old_log_prob = gaussian_log_prob(*agent(obs)[0], actions, args.squash)
             lr_tensor, metrics = torch.tensor(lr, device=device), []
             for epoch in range(args.update_epochs):
@@ -428,28 +409,27 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     advantages, values, targets = estimate(agent, rollout, args)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
-                for i in range(batch_size // args.minibatch_size):
-                    indices = order[i * args.minibatch_size : (i + 1) * args.minibatch_size]
+                for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
+                    indices = order[i : i + args.minibatch_size]
                     metrics.append(update(parameters, adam, batch, indices, lr_tensor))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
-                    break  # detail 12
+                    break
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             if not (math.isfinite(losses["loss"]) and parameters.isfinite().all()):
                 run.abort("the loss became NaN or infinite")
-            run.scalars({f"losses/{name}": x for name, x in losses.items()}, global_step)
-            run.scalars({"charts/learning_rate": lr}, global_step)
+            scalars = {f"losses/{name}": x for name, x in losses.items()}
+            run.scalars(scalars | {"charts/learning_rate": lr}, global_step)
 
             # only now do the statistics take the rollout in
             if args.norm_obs:
                 agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
             if args.norm_reward:
-                returns = discounted_returns(rollout.rewards, ends, args.gamma, carry)
-                agent.return_statistics.update(torch.as_tensor(returns, device=device).flatten())
+                agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
 
             last = global_step == last_step
             if last or runs.due(args.eval_every, start_step, global_step):
-                mean = run.evaluation(*evaluate(agent, args, run.dir), global_step)
+                mean = run.evaluation(*envs.play(agent.act, args, run.dir), global_step)
                 if mean > best_return:
                     best_return = mean
                     run.save({"global_step": global_step, "agent": agent.state_dict()}, "best.pt")
@@ -463,21 +443,6 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     return run.dir
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path) -> tuple[list[float], list[int]]:
-    """Returns and lengths of deterministic episodes, episode i seeded from (seed, i)."""
-    env = envs.make_eval_env(args, run_dir)
-    returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
-    for i in range(args.eval_episodes):
-        obs, _ = env.reset(seed=seeding.stream_seed(args.seed, "eval", i))
-        terminated = truncated = False
-        while not (terminated or truncated):
-            obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
-            returns[i] += float(reward)
-            lengths[i] += 1
-    env.close()
-    return returns, lengths
-
-
 def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
     checkpoint = runs.load_run(run_dir, SCRIPT, name)
@@ -488,13 +453,19 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     return agent
 
 
+def evaluate(args: Args) -> None:
+    """Play deterministic episodes with a run's last checkpoint, and print how they went."""
+    check_args(args)
+    runs.setup_torch(args, faster="cpu")
+    agent = load_agent(args.evaluate)
+    print(runs.describe(*envs.play(agent.act, args, Path(args.evaluate))))
+
+
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT)
     if args.evaluate:
-        check_args(args)
-        runs.setup_torch(args, faster="cpu")
-        print(runs.describe(*evaluate(load_agent(args.evaluate), args, Path(args.evaluate))))
+        evaluate(args)
     else:
         train(args, checkpoint)
 

@@ -68,11 +68,15 @@ def load_checkpoint(path: Path) -> dict:
         raise CheckpointError(f"{path} is empty")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen types: cut short, not a zip file, a class that is refused, ...
+    except (
+        Exception
+    ) as error:  # a dozen types: cut short, not a zip file, a class that is refused, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of these scripts")
     if content["version"] != VERSION:
-        raise CheckpointError(f"{path} has version {content['version']}; this code reads version {VERSION}")
+        raise CheckpointError(
+            f"{path} has version {content['version']}; this code reads version {VERSION}"
+        )
     return from_plain(content["state"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -15,6 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from common.checkpoint import from_plain, to_plain
 from common.runs import fail
+from common.seeding import stream_seed
 
 CONSTANTS = (gym.Space, EnvSpec, FunctionType, MethodType, BuiltinFunctionType, ModuleType, type)
 
@@ -64,7 +66,9 @@ def check_spaces(args, action_type: type, hint: str) -> tuple[gym.spaces.Box, gy
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     if not isinstance(action_space, action_type):
-        kind = {"Box": "continuous"}.get(type(action_space).__name__, type(action_space).__name__.lower())
+        kind = {"Box": "continuous"}.get(
+            type(action_space).__name__, type(action_space).__name__.lower()
+        )
         fail(f"{args.env_id} has {kind} actions; {hint}")
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
@@ -83,10 +87,17 @@ def prepare_video() -> None:
     for renderer in ("egl", "osmesa"):  # in a process of its own, as a failing one can take it down
         probe = "import mujoco; mujoco.GLContext(8, 8).make_current()"
         environment = os.environ | {"MUJOCO_GL": renderer}
-        if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0:
+        if (
+            subprocess.run(
+                [sys.executable, "-c", probe], env=environment, capture_output=True
+            ).returncode
+            == 0
+        ):
             os.environ["MUJOCO_GL"] = renderer
             return
-    fail("--capture-video finds neither a display nor a GPU; install a renderer: apt install libosmesa6")
+    fail(
+        "--capture-video finds neither a display nor a GPU; install a renderer: apt install libosmesa6"
+    )
 
 
 class Snapshot(gym.Wrapper):
@@ -119,7 +130,9 @@ def _save_layer(env: gym.Env) -> dict:
     if isinstance(env, gym.Wrapper):
         del attributes["env"]
     elif hasattr(env, "mujoco_renderer"):  # has a set_state too, but a different one
-        attributes = {k: v for k, v in attributes.items() if k not in ("model", "data", "mujoco_renderer")}
+        attributes = {
+            k: v for k, v in attributes.items() if k not in ("model", "data", "mujoco_renderer")
+        }
         state["mujoco"] = _save_mujoco(env)
     elif hasattr(env, "get_state") and hasattr(env, "set_state"):
         attributes = {"_np_random": env.np_random}
@@ -143,7 +156,9 @@ def _save_mujoco(env: gym.Env) -> dict:
     mujoco.mj_getState(env.model, env.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
     # observations and rewards read arrays that lag behind the physics, so recomputing them is not enough
     arrays = {name: getattr(env.data, name) for name in dir(env.data) if name[0] != "_"}
-    return to_plain({"physics": physics} | {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)})
+    return to_plain(
+        {"physics": physics} | {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
+    )
 
 
 def _load_mujoco(env: gym.Env, state: dict) -> None:
@@ -153,23 +168,10 @@ def _load_mujoco(env: gym.Env, state: dict) -> None:
     mujoco.mj_setState(env.model, env.data, state.pop("physics"), integration)
     mujoco.mj_forward(env.model, env.data)
     for name, array in state.items():
-        if getattr(env.data, name).shape == array.shape:  # but for those as long as the list of contacts
+        if (
+            getattr(env.data, name).shape == array.shape
+        ):  # but for those as long as the list of contacts
             getattr(env.data, name)[...] = array
-
-
-def save_envs(vector_env: VectorEnv, next_obs: np.ndarray) -> dict:
-    """Return the state of all environments, with the observations [N, *obs_shape] that they wait with."""
-    return {"snapshots": list(vector_env.get_attr("snapshot")), "next_obs": next_obs}
-
-
-def load_envs(vector_env: VectorEnv, state: dict, next_obs: np.ndarray) -> np.ndarray:
-    """Put back what save_envs returned, also into `next_obs`; return which episodes were lost [N]."""
-    lost = np.array([snapshot is None for snapshot in state["snapshots"]])
-    if lost.any():
-        print("the environment's state cannot be saved (it has no get_state and set_state): new episodes begin")
-    vector_env.set_attr("snapshot", state["snapshots"])
-    next_obs[~lost] = state["next_obs"][~lost]
-    return lost
 
 
 class EpisodeStatistics:
@@ -189,10 +191,40 @@ class EpisodeStatistics:
                 self.returns[i], self.lengths[i] = 0.0, 0
         return finished
 
-    def state(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return and length so far of the running episodes [N]."""
-        return self.returns, self.lengths
 
-    def load(self, state: tuple[np.ndarray, np.ndarray], lost: np.ndarray) -> None:
-        """Put a state back, but for the episodes that were lost [N]."""
-        self.returns, self.lengths = (np.where(lost, 0, x) for x in state)
+def save_envs(vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs: np.ndarray) -> dict:
+    """Return the state of all environments and their episodes, and the observations they wait with."""
+    state = {"snapshots": list(vector_env.get_attr("snapshot")), "next_obs": next_obs}
+    return state | {"returns": episodes.returns, "lengths": episodes.lengths}
+
+
+def load_envs(
+    vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs, state: dict
+) -> np.ndarray:
+    """Put back what save_envs returned, into `next_obs` too; return which episodes were lost [N]."""
+    vector_env.set_attr("snapshot", state["snapshots"])
+    lost = np.array([snapshot is None for snapshot in state["snapshots"]])
+    if lost.any():
+        print("the environment cannot be saved (no get_state and set_state): new episodes begin")
+    for target, saved in (
+        (next_obs, state["next_obs"]),
+        (episodes.returns, state["returns"]),
+        (episodes.lengths, state["lengths"]),
+    ):
+        target[~lost] = saved[~lost]
+    return lost
+
+
+def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
+    """Play --eval-episodes episodes, the i-th seeded from (seed, i); return their returns and lengths."""
+    env = make_eval_env(args, run_dir)
+    returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
+    for i in range(args.eval_episodes):
+        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))
+        terminated = truncated = False
+        while not (terminated or truncated):
+            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            returns[i] += float(reward)
+            lengths[i] += 1
+    env.close()
+    return returns, lengths

@@ -31,7 +31,10 @@ ANEW = {
 }
 # the range of a number, by its name, which means the same in every script
 RANGES = {
-    (1, math.inf): "total_timesteps num_envs num_steps num_minibatches minibatch_size update_epochs "
+    (
+        1,
+        math.inf,
+    ): "total_timesteps num_envs num_steps num_minibatches minibatch_size update_epochs "
     "num_threads eval_episodes hidden_sizes",
     (0, math.inf): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef",
     (0, 1): "gamma gae_lambda",
@@ -59,7 +62,13 @@ def require(condition: bool, args, name: str, need: str) -> None:
 def check_ranges(args) -> None:
     """End with one line if a number is out of its range."""
     for (low, high), names in RANGES.items():
-        need = f"from {low} to {high}" if high < math.inf else f"at least {low}" if low != 1e-12 else "above 0"
+        need = (
+            f"from {low} to {high}"
+            if high < math.inf
+            else f"at least {low}"
+            if low != 1e-12
+            else "above 0"
+        )
         for name in names.split():
             value = getattr(args, name, None)
             for x in value if isinstance(value, tuple) else [value] * (value is not None):
@@ -77,13 +86,20 @@ def parse_args(args_class: type, script: str) -> tuple:
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
     if given - ANEW[mode]:
-        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (given - ANEW[mode], ANEW[mode]))
+        refused, allowed = (
+            " ".join(map(flag, sorted(x))) for x in (given - ANEW[mode], ANEW[mode])
+        )
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     checkpoint = load_run(run_dir, script)
     stored = args_class(**checkpoint["args"])
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
-    if stored.anneal_lr and anew.get("total_timesteps", stored.total_timesteps) != stored.total_timesteps:
-        fail(f"--total-timesteps: the learning rate is annealed over the run's {stored.total_timesteps}")
+    if (
+        stored.anneal_lr
+        and anew.get("total_timesteps", stored.total_timesteps) != stored.total_timesteps
+    ):
+        fail(
+            f"--total-timesteps: the learning rate is annealed over the run's {stored.total_timesteps}"
+        )
     return dataclasses.replace(stored, **anew), checkpoint
 
 
@@ -119,9 +135,13 @@ def compile_function(function: Callable, args) -> Callable:
         try:
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(2))
             return torch.compile(function, fullgraph=True, dynamic=False)
-        except Exception as error:  # types differ between versions; none of them is about `function`
+        except (
+            Exception
+        ) as error:  # types differ between versions; none of them is about `function`
             args.compile = False
-            print(f"running eagerly: torch.compile needs a compiler (apt install g++ python3-dev): {error!r:.60}")
+            print(
+                f"running eagerly: torch.compile needs a compiler (apt install g++ python3-dev): {error!r:.60}"
+            )
     return function
 
 
@@ -139,7 +159,9 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 class Run:
     """The run folder, and what a person sees: TensorBoard, progress, Ctrl-C. A context of the training loop."""
 
-    def __init__(self, args, script: str, last_step: int, device: torch.device, checkpoint: dict | None):
+    def __init__(
+        self, args, script: str, last_step: int, device: torch.device, checkpoint: dict | None
+    ):
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         if checkpoint is None and self.dir.exists():
@@ -155,8 +177,14 @@ class Run:
                 fail("--track needs wandb: pip install wandb")
         self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
         if args.track:
-            ids = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.dir.name}
-            wandb.init(**ids, dir=self.dir, resume="allow", config=vars(args), sync_tensorboard=True)
+            ids = {
+                "project": args.wandb_project_name,
+                "entity": args.wandb_entity,
+                "id": self.dir.name,
+            }
+            wandb.init(
+                **ids, dir=self.dir, resume="allow", config=vars(args), sync_tensorboard=True
+            )
         # what a killed run logged after its checkpoint is logged again: readers drop it at purge_step
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
         if checkpoint is None:
@@ -164,18 +192,33 @@ class Run:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(self._config(device), indent=2) + "\n")
         how = f"{device}, {args.num_threads} thread(s), {'compiled' if args.compile else 'eager'}"
-        print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}", flush=True)
+        print(
+            f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}", flush=True
+        )
 
     def _config(self, device: torch.device) -> dict:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+        git = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty",
+        ]
         packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
         return {
             "script": self.script,
             "args": vars(self.args),
             "command": shlex.join(["python", *sys.argv]),
             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in packages},
+            "machine": {
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "device": str(device),
+            },
             "num_threads": torch.get_num_threads(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
@@ -184,7 +227,9 @@ class Run:
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         silent = not sys.stderr.isatty()
         form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True, "disable": silent}
-        self.bar = tqdm(total=self.last_step, initial=self.step, desc="compiling" * self.args.compile, **form)
+        self.bar = tqdm(
+            total=self.last_step, initial=self.step, desc="compiling" * self.args.compile, **form
+        )
         self.start = self.printed = time.perf_counter()
         return self
 
@@ -208,7 +253,9 @@ class Run:
     def episode(self, episodic_return: float, length: int, step: int) -> None:
         """Log one finished training episode."""
         self.returns.append(episodic_return)
-        self.scalars({"charts/episodic_return": episodic_return, "charts/episodic_length": length}, step)
+        self.scalars(
+            {"charts/episodic_return": episodic_return, "charts/episodic_length": length}, step
+        )
 
     def evaluation(self, returns: list[float], lengths: list[int], step: int) -> float:
         """Log one evaluation and return its mean return."""
@@ -222,12 +269,18 @@ class Run:
         """Log the speed and show it: a live bar, or a line every ten seconds where there is no terminal."""
         now = time.perf_counter()
         speed = (step - self.first_step) / (now - self.start)
-        recent = f"return {np.mean(self.returns):,.1f} (last {len(self.returns)})" if self.returns else ""
+        recent = (
+            f"return {np.mean(self.returns):,.1f} (last {len(self.returns)})"
+            if self.returns
+            else ""
+        )
         self.scalars({"charts/SPS": speed}, step)
         self.bar.set_description(self.args.env_id, refresh=False)
         self.bar.set_postfix_str(recent, refresh=False)
         self.bar.update(step - self.step)
-        if self.bar.disable and (now - self.printed > 10 or self.step == self.first_step or step == self.last_step):
+        if self.bar.disable and (
+            now - self.printed > 10 or self.step == self.first_step or step == self.last_step
+        ):
             left = tqdm.format_interval((self.last_step - step) / speed)
             share = f"{step:,} of {self.last_step:,} steps ({step / self.last_step:.0%})"
             print(f"{share} | {speed:,.0f} steps/s | {left} left | {recent}", flush=True)
@@ -244,7 +297,9 @@ class Run:
         """After a signal, leave with 128 + its number, saying how to go on."""
         if self.signal:
             self.bar.close()
-            print(f"stopped at step {self.step:,}; to go on: python {self.script}.py --resume {self.dir}")
+            print(
+                f"stopped at step {self.step:,}; to go on: python {self.script}.py --resume {self.dir}"
+            )
             raise SystemExit(128 + self.signal)
 
     def abort(self, message: str) -> NoReturn:

@@ -36,7 +36,11 @@ def seed_global(seed: int) -> None:
 
 def get_rng_state(generators: dict[str, torch.Generator]) -> dict:
     """Return the states of the process-wide generators and of `generators`."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     return state | {name: generator.get_state() for name, generator in generators.items()}
 
 

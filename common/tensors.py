@@ -31,6 +31,30 @@ class RunningStatistics(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
+def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.ndarray:
+    """Running sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated."""
+    returns = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = gamma * carry + rewards[t]
+        carry[:] = returns[t] * ~ends[t]
+    return returns
+
+
+class ReturnStatistics(RunningStatistics):
+    """Statistics of discounted_returns, whose standard deviation is the unit of normalised rewards."""
+
+    def __init__(self, num_envs: int):
+        super().__init__(())
+        self.register_buffer("carry", torch.zeros(num_envs, dtype=torch.float64))
+
+    def update_from_rewards(self, rewards: np.ndarray, ends: np.ndarray, gamma: float) -> None:
+        """Take the rewards of a rollout, and where episodes ended, either way [T, N]."""
+        carry = self.carry.cpu().numpy()
+        returns = discounted_returns(rewards, ends, gamma, carry)
+        self.carry.copy_(torch.from_numpy(carry))
+        self.update(torch.from_numpy(returns).flatten().to(self.mean.device))
+
+
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
     """Move the parameters of `module` into one vector [P], whose views they become, and return it."""
     flat = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])

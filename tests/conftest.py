@@ -22,7 +22,12 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
     """Run a script from the repository in `cwd`, with the tests' own environments importable."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(
-        command(ROOT / script, *args), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        command(ROOT / script, *args),
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -49,7 +54,9 @@ def assert_same(a, b) -> None:
     elif isinstance(a, (str, bytes, int, type(None))):
         assert a == b
     else:
-        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -56,24 +56,34 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT / 'tests'}"}
     start = time.perf_counter()
     done = subprocess.run(
-        command(ROOT / "ppo_continuous.py", *words.split()), cwd=tmp_path, env=environment, capture_output=True, text=True
+        command(ROOT / "ppo_continuous.py", *words.split()),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and CASES[words] in lines[0], done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and CASES[words] in lines[0], (
+        done.stderr
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "hidden"}
     assert time.perf_counter() - start < 30  # a hang, not a speed
 
 
 def test_unknown_flags_are_refused(tmp_path):
     done = run_script("ppo_continuous.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "--learning-rate" in done.stderr and not list(tmp_path.iterdir())
+    assert (
+        done.returncode == 2 and "--learning-rate" in done.stderr and not list(tmp_path.iterdir())
+    )
 
 
 def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
     run = tmp_path / "r"
     arguments = "--env-id Pendulum-v1 --total-timesteps 128 --num-steps 32 --num-minibatches 2 --update-epochs 1"
-    run_script("ppo_continuous.py", *arguments.split(), "--no-compile", "--run-dir", run, cwd=tmp_path)
+    run_script(
+        "ppo_continuous.py", *arguments.split(), "--no-compile", "--run-dir", run, cwd=tmp_path
+    )
     whole = (run / "checkpoint.pt").read_bytes()
     refused = (
         (whole[:1000], "--resume r", "damaged"),
@@ -85,7 +95,9 @@ def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
     for content, words, why in refused:
         (run / "checkpoint.pt").write_bytes(content)
         done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path, check=False)
-        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, (
+            done.stderr
+        )
         assert (run / "checkpoint.pt").read_bytes() == content
 
 

@@ -7,7 +7,13 @@ import torch
 from conftest import assert_same
 
 from common import envs, runs
-from common.checkpoint import CheckpointError, from_plain, load_checkpoint, save_checkpoint, to_plain
+from common.checkpoint import (
+    CheckpointError,
+    from_plain,
+    load_checkpoint,
+    save_checkpoint,
+    to_plain,
+)
 from common.seeding import STREAMS, env_seeds, stream_seed
 from common.tensors import flatten_parameters
 
@@ -32,13 +38,15 @@ def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, tmp_path):
     actions = [first.action_space.sample() for _ in range(300)]
     for action in actions[:47]:
         obs = np.copy(first.step(action)[0])
-    save_checkpoint(tmp_path / "c", envs.save_envs(first, obs))
+    save_checkpoint(tmp_path / "c", envs.save_envs(first, envs.EpisodeStatistics(2), obs))
     expected = [[np.copy(x) for x in first.step(action)[:4]] for action in actions[47:]]
     second = make()
     for action in actions[:5]:  # elsewhere by now
         second.step(action)
     pending = np.zeros_like(obs)
-    assert not envs.load_envs(second, load_checkpoint(tmp_path / "c"), pending).any()
+    assert not envs.load_envs(
+        second, envs.EpisodeStatistics(2), pending, load_checkpoint(tmp_path / "c")
+    ).any()
     np.testing.assert_array_equal(pending, obs)
     for action, want in zip(actions[47:], expected):
         for got, value in zip(second.step(action)[:4], want):
@@ -73,12 +81,20 @@ def test_episode_statistics_count_what_terminates_and_what_is_truncated():
         for t in np.flatnonzero(ends[:, n]):
             expected.append((t, n, rewards[begin : t + 1, n].sum(), t + 1 - begin))
             begin = t + 1
-    expected = [(t, pytest.approx(total), length) for t, n, total, length in sorted(expected, key=lambda x: x[:2])]
+    expected = [
+        (t, pytest.approx(total), length)
+        for t, n, total, length in sorted(expected, key=lambda x: x[:2])
+    ]
     assert got == expected and len(got) == ends.sum()
 
 
 def test_streams_of_neighbouring_seeds_are_disjoint():
-    seeds = [stream_seed(seed, name, *i) for seed in range(20) for name in STREAMS for i in [(), *((j,) for j in range(20))]]
+    seeds = [
+        stream_seed(seed, name, *i)
+        for seed in range(20)
+        for name in STREAMS
+        for i in [(), *((j,) for j in range(20))]
+    ]
     assert len(set(seeds)) == len(seeds)
     assert not set(env_seeds(1, 8)) & set(env_seeds(2, 8))
     assert env_seeds(1, 4) == env_seeds(1, 8)[:4]
@@ -107,14 +123,20 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"x": torch.zeros(1000)})
     whole = path.read_bytes()
-    assert len(load_checkpoint(path)["x"]) == 1000 and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert len(load_checkpoint(path)["x"]) == 1000 and [p.name for p in tmp_path.iterdir()] == [
+        "checkpoint.pt"
+    ]
 
     def refused(why):
         with pytest.raises(CheckpointError, match=why) as error:
             load_checkpoint(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
-    for content, why in ((b"", "empty"), (whole[: len(whole) // 2], "damaged"), (b"GIF89a" * 99, "damaged")):
+    for content, why in (
+        (b"", "empty"),
+        (whole[: len(whole) // 2], "damaged"),
+        (b"GIF89a" * 99, "damaged"),
+    ):
         path.write_bytes(content)
         refused(why)
     torch.save({"weights": torch.zeros(3)}, path)
@@ -138,7 +160,14 @@ def test_parameters_are_views_of_one_vector():
 
 
 def test_due_is_a_pure_function_of_the_step():
-    assert [runs.due(100, step - 64, step) for step in range(64, 64 * 7, 64)] == [False, True, False, True, True, False]
+    assert [runs.due(100, step - 64, step) for step in range(64, 64 * 7, 64)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert not runs.due(0, 0, 10**9)
 
 

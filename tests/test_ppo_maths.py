@@ -13,7 +13,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import ppo_continuous as ppo
-from common.tensors import RunningStatistics, flatten_parameters, to_numpy
+from common.tensors import RunningStatistics, discounted_returns, flatten_parameters, to_numpy
 
 BOX = gym.spaces.Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
 
@@ -26,9 +26,13 @@ def make_agent(**kwargs) -> ppo.Agent:
 def random_batch(size: int = 64) -> tuple[torch.Tensor, ...]:
     """Observations, actions, old log-probabilities, advantages, old values, targets."""
     rng = torch.Generator().manual_seed(1)
-    return torch.randn(size, 4, generator=rng), torch.randn(size, 3, generator=rng), *(
-        scale * torch.randn(size, generator=rng) + shift
-        for scale, shift in ((0.5, -4.0), (2.0, 0.3), (1.0, 0.0), (1.0, 0.0))
+    return (
+        torch.randn(size, 4, generator=rng),
+        torch.randn(size, 3, generator=rng),
+        *(
+            scale * torch.randn(size, generator=rng) + shift
+            for scale, shift in ((0.5, -4.0), (2.0, 0.3), (1.0, 0.0), (1.0, 0.0))
+        ),
     )
 
 
@@ -86,7 +90,7 @@ def test_discounted_returns_restart_after_either_end_and_carry_over(seed, steps,
     rewards, ends = rng.normal(size=(steps, 2)), rng.random((steps, 2)) < 0.3
     carry = np.zeros(2)
     parts = [slice(None, split), slice(split, None)]
-    got = np.concatenate([ppo.discounted_returns(rewards[x], ends[x], 0.9, carry) for x in parts])
+    got = np.concatenate([discounted_returns(rewards[x], ends[x], 0.9, carry) for x in parts])
     for n in range(2):
         for t in range(steps):
             begin = max((k + 1 for k in range(t) if ends[k, n]), default=0)
@@ -161,7 +165,9 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
         errors = [value[i] - target[i]]
         if clip_vloss:
             errors.append(old_value[i] + max(min(value[i] - old_value[i], 0.2), -0.2) - target[i])
-        costs = [e.abs() - 0.5 if vf_loss == "huber" and e.abs() > 1 else 0.5 * e * e for e in errors]
+        costs = [
+            e.abs() - 0.5 if vf_loss == "huber" and e.abs() > 1 else 0.5 * e * e for e in errors
+        ]
         terms.append(-gain + 0.7 * max(costs))
     expected = sum(terms) / 64 - args.ent_coef * policy.entropy().sum(1).mean()
     got, metrics = ppo.ppo_loss(
@@ -171,7 +177,9 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
     )  # fmt: skip
     torch.testing.assert_close(got, expected)
     parameters = list(agent.parameters())
-    for a, b in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)):
+    for a, b in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)
+    ):
         torch.testing.assert_close(a, b)
     ratio = torch.exp(log_prob - old_log_prob)
     named = dict(zip(ppo.METRICS, metrics.tolist()))
@@ -244,7 +252,9 @@ def test_networks_begin_orthogonal_with_their_gains():
         layers = [layer for layer in network if isinstance(layer, nn.Linear)]
         for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), last]):
             assert not layer.bias.any()
-            torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight, 2).item(), gain, rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                torch.linalg.matrix_norm(layer.weight, 2).item(), gain, rtol=1e-4, atol=0
+            )
 
 
 @pytest.mark.parametrize("schedule, middle", [("linear", 0.5), ("cosine", 0.5)])
@@ -270,7 +280,9 @@ class Wide(nn.Sequential):
     [
         None,
         Wide(nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 3)),
-        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 3)),  # beyond OPERATIONS
+        nn.Sequential(
+            nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 3)
+        ),  # beyond OPERATIONS
     ],
 )
 @torch.no_grad()
@@ -282,16 +294,22 @@ def test_an_edited_network_acts_and_trains_alike(network, squash):
     agent.obs_statistics.update(torch.randn(100, 4) * 3 + 1)
     obs, noise = torch.randn(5, 4), torch.randn(5, 3)
     act = to_numpy(agent.sample, obs, noise)
-    assert (act.__name__ == "traced") == (not isinstance(network, nn.Sequential) or isinstance(network, Wide))
+    assert (act.__name__ == "traced") == (
+        not isinstance(network, nn.Sequential) or isinstance(network, Wide)
+    )
     update = ppo.make_update(agent, ppo.Args(squash=squash))
     before = act(obs, noise)[0]
     for _ in range(3):
         for got, expected in zip(act(obs, noise), agent.sample(obs, noise)):
             np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
-        update(parameters, new_adam(parameters), random_batch(), torch.arange(64), torch.tensor(0.01))
+        update(
+            parameters, new_adam(parameters), random_batch(), torch.arange(64), torch.tensor(0.01)
+        )
     assert np.abs(act(obs, noise)[0] - before).max() > 1e-3
     agent.obs_statistics.update(torch.randn(1000, 4) * 5)
-    np.testing.assert_allclose(act(obs, noise)[0], agent.sample(obs, noise)[0].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        act(obs, noise)[0], agent.sample(obs, noise)[0].numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, assert_same, command, run_script, scalars
 
 import ppo_continuous as ppo
-from common import runs
+from common import envs, runs
 from common.checkpoint import load_checkpoint
 
 SCRIPT = "ppo_continuous.py"
@@ -33,7 +33,11 @@ def flags(**kwargs) -> list[str]:
 
 def test_learns_to_balance_a_pendulum(tmp_path):
     """The published CleanRL mean of InvertedPendulum is 963 at 1M steps; a random policy gets 6."""
-    run_script(SCRIPT, *flags(env_id="InvertedPendulum-v5", total_timesteps=40_960, run_dir="r"), cwd=tmp_path)
+    run_script(
+        SCRIPT,
+        *flags(env_id="InvertedPendulum-v5", total_timesteps=40_960, run_dir="r"),
+        cwd=tmp_path,
+    )
     returns = [value for _, value in scalars(tmp_path / "r")["charts/episodic_return"]]
     assert np.mean(returns[:50]) < 30
     assert np.mean(returns[-20:]) > 150
@@ -84,7 +88,9 @@ def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, squas
     assert len(seen) == 10 * 2 * 4
     for _, metrics in seen[::8]:
         assert abs(metrics["old_approx_kl"]) < 1e-6 and metrics["clipfrac"] == 0
-        assert metrics["policy_loss"] == pytest.approx(0, abs=1e-5)  # normalised advantages have mean 0
+        assert metrics["policy_loss"] == pytest.approx(
+            0, abs=1e-5
+        )  # normalised advantages have mean 0
     assert max(metrics["approx_kl"] for _, metrics in seen) > 1e-5
 
 
@@ -95,7 +101,13 @@ def test_all_environments_share_statistics_and_stored_observations_are_copies(mo
         stored.append((rollout.obs.clone(), agent.obs_statistics.count.item())), original(agent, rollout, args))[1])  # fmt: skip
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=1280, num_envs=4, run_dir="r", **SHORT)
     agent = ppo.load_agent(ppo.train(args))
-    assert agent.obs_statistics.count == 1280 and [count for _, count in stored] == [0, 256, 512, 768, 1024]
+    assert agent.obs_statistics.count == 1280 and [count for _, count in stored] == [
+        0,
+        256,
+        512,
+        768,
+        1024,
+    ]
     obs = stored[0][0]
     assert len(torch.unique(obs.flatten(0, 1), dim=0)) == 65 * 4  # no observation is seen twice
     assert torch.equal(stored[1][0][0], obs[-1])  # the pending observation opens the next rollout
@@ -120,7 +132,9 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, env_id, num_envs,
         process = subprocess.Popen(
             command(ROOT / SCRIPT, *words), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
         )
-        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp):
+        while process.poll() is None and not (
+            checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp
+        ):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.3))
         if process.poll() is not None:
@@ -131,12 +145,19 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, env_id, num_envs,
         words = ["--resume", "killed"]
     assert kills > 0
     run_script(SCRIPT, "--resume", "killed", cwd=tmp_path)
-    whole, killed = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    whole, killed = (
+        load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed")
+    )
     ignored = {"args", "envs"}  # MuJoCo leaves some of its arrays uninitialised
     assert whole["global_step"] == 64 * num_envs * 60
-    assert_same({k: v for k, v in whole.items() if k not in ignored}, {k: v for k, v in killed.items() if k not in ignored})
+    assert_same(
+        {k: v for k, v in whole.items() if k not in ignored},
+        {k: v for k, v in killed.items() if k not in ignored},
+    )
     assert_same(scalars(tmp_path / "whole"), scalars(tmp_path / "killed"))
-    assert_same(*(load_checkpoint(tmp_path / name / "best.pt")["agent"] for name in ("whole", "killed")))
+    assert_same(
+        *(load_checkpoint(tmp_path / name / "best.pt")["agent"] for name in ("whole", "killed"))
+    )
 
 
 def test_killed_while_writing_a_checkpoint(tmp_path):
@@ -161,11 +182,15 @@ torch.save = save
 sys.argv = ["ppo_continuous.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / SCRIPT)!r}, run_name="__main__")
 """)
-    died = subprocess.run(command(saboteur, *arguments, "--run-dir", "killed"), cwd=tmp_path, capture_output=True)
+    died = subprocess.run(
+        command(saboteur, *arguments, "--run-dir", "killed"), cwd=tmp_path, capture_output=True
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["global_step"] == 64 * 4
     run_script(SCRIPT, "--resume", "killed", cwd=tmp_path)
-    whole, killed = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    whole, killed = (
+        load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed")
+    )
     assert_same(whole["agent"], killed["agent"])
     assert_same(scalars(tmp_path / "whole"), scalars(tmp_path / "killed"))
 
@@ -182,7 +207,9 @@ def test_saving_does_not_change_training():
 def test_same_seed_same_weights_and_another_seed_others():
     weights = []
     for i, seed in enumerate((1, 1, 2)):
-        args = ppo.Args(env_id="Pendulum-v1", seed=seed, total_timesteps=256, run_dir=f"r{i}", **SHORT)
+        args = ppo.Args(
+            env_id="Pendulum-v1", seed=seed, total_timesteps=256, run_dir=f"r{i}", **SHORT
+        )
         weights.append(ppo.load_agent(ppo.train(args)).state_dict()["actor.0.weight"])
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -197,13 +224,17 @@ def test_asynchronous_environments_train_the_same():
 
 
 def test_evaluation_from_the_checkpoint_equals_the_one_in_training(tmp_path):
-    arguments = flags(env_id="Hopper-v5", total_timesteps=2048, run_dir="r", **SHORT | {"eval_episodes": 5})
+    arguments = flags(
+        env_id="Hopper-v5", total_timesteps=2048, run_dir="r", **SHORT | {"eval_episodes": 5}
+    )
     trained = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
-    line = next(line for line in trained.splitlines() if line.startswith("evaluation of 5 episodes"))
+    line = next(
+        line for line in trained.splitlines() if line.startswith("evaluation of 5 episodes")
+    )
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
     assert run_script(SCRIPT, "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent, args = ppo.load_agent(tmp_path / "r"), ppo.Args(env_id="Hopper-v5", eval_episodes=5)
-    returns, lengths = ppo.evaluate(agent, args, tmp_path)
+    returns, lengths = envs.play(agent.act, args, tmp_path)
     logged = scalars(tmp_path / "r")
     assert logged["eval/episodic_return"] == [(2048, pytest.approx(np.mean(returns), rel=1e-6))]
     assert logged["eval/episodic_length"] == [(2048, np.float32(np.mean(lengths)))]
@@ -213,7 +244,9 @@ def test_evaluation_from_the_checkpoint_equals_the_one_in_training(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_say_how_to_go_on(tmp_path, number):
-    arguments = flags(env_id="Pendulum-v1", total_timesteps=10**9, anneal_lr=False, run_dir="r", **SHORT)
+    arguments = flags(
+        env_id="Pendulum-v1", total_timesteps=10**9, anneal_lr=False, run_dir="r", **SHORT
+    )
     process = subprocess.Popen(command(ROOT / SCRIPT, *arguments), cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     for line in process.stdout:
@@ -233,18 +266,32 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, number):
 
 @pytest.mark.parametrize("where", ["reward", "observation"])
 def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, where):
-    arguments = flags(env_id=f"toy_envs:Broken-{where}-v0", total_timesteps=6400, checkpoint_every=64, run_dir="r", **SHORT)
+    arguments = flags(
+        env_id=f"toy_envs:Broken-{where}-v0",
+        total_timesteps=6400,
+        checkpoint_every=64,
+        run_dir="r",
+        **SHORT,
+    )
     done = run_script(SCRIPT, *arguments, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = done.stderr.strip().splitlines()
-    assert len(message) == 1 and "NaN or infinite reward or observation" in message[0] and "r/checkpoint.pt" in message[0]
+    assert (
+        len(message) == 1
+        and "NaN or infinite reward or observation" in message[0]
+        and "r/checkpoint.pt" in message[0]
+    )
     checkpoint = load_checkpoint(tmp_path / "r" / "checkpoint.pt")
     assert checkpoint["global_step"] == 640
-    assert all(x.isfinite().all() for name, x in checkpoint["agent"].items() if name not in ("low", "high"))
+    assert all(
+        x.isfinite().all() for name, x in checkpoint["agent"].items() if name not in ("low", "high")
+    )
 
 
 def test_nan_loss_stops_the_run():
-    args = ppo.Args(env_id="Pendulum-v1", total_timesteps=640, learning_rate=1e30, run_dir="r", **SHORT)
+    args = ppo.Args(
+        env_id="Pendulum-v1", total_timesteps=640, learning_rate=1e30, run_dir="r", **SHORT
+    )
     with pytest.raises(SystemExit) as stopped:
         ppo.train(args)
     assert stopped.value.code == 1
@@ -262,7 +309,11 @@ def test_a_users_environment_trains_and_is_loaded_in_three_lines(tmp_path):
     agent = ppo.load_agent(tmp_path / "r")
     action = agent.act(np.ones((2, 3)))
     assert agent.obs_statistics.mean.shape == (2, 3)
-    assert action.shape == (2, 1) and (np.array([[-2], [0]]) <= action).all() and (action <= [[1], [0.5]]).all()
+    assert (
+        action.shape == (2, 1)
+        and (np.array([[-2], [0]]) <= action).all()
+        and (action <= [[1], [0.5]]).all()
+    )
 
 
 @pytest.mark.parametrize("options", [
@@ -283,7 +334,14 @@ def test_every_option_trains(monkeypatch, options):
 
 
 def test_an_environment_that_cannot_be_saved_begins_new_episodes(tmp_path):
-    arguments = flags(env_id="toy_envs:Opaque-v0", num_envs=2, total_timesteps=1280, anneal_lr=False, run_dir="r", **SHORT)
+    arguments = flags(
+        env_id="toy_envs:Opaque-v0",
+        num_envs=2,
+        total_timesteps=1280,
+        anneal_lr=False,
+        run_dir="r",
+        **SHORT,
+    )
     run_script(SCRIPT, *arguments, cwd=tmp_path)
     out = run_script(SCRIPT, "--resume", "r", "--total-timesteps", 2560, cwd=tmp_path).stdout
     assert out.count("new episodes begin") == 1
@@ -295,9 +353,18 @@ def test_the_run_folder_holds_what_it_should(tmp_path):
     run_script(SCRIPT, *arguments, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("Pendulum-v1__ppo_continuous__1__")
-    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"best", "checkpoint", "config", "events"}
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {
+        "best",
+        "checkpoint",
+        "config",
+        "events",
+    }
     config = json.loads((folder / "config.json").read_text())
-    assert config["args"]["num_envs"] == 2 and config["versions"]["mujoco"] and config["num_threads"] == 1
+    assert (
+        config["args"]["num_envs"] == 2
+        and config["versions"]["mujoco"]
+        and config["num_threads"] == 1
+    )
     assert "--num-envs 2" in config["command"] and config["script"] == "ppo_continuous"
     tags = scalars(folder)
     assert set(tags) == {
@@ -305,7 +372,10 @@ def test_the_run_folder_holds_what_it_should(tmp_path):
         "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
         "losses/explained_variance", "eval/episodic_return", "eval/episodic_length",
     }  # fmt: skip
-    assert [step for step, _ in tags["charts/episodic_return"]] == [400, 400]  # 200 steps of two environments
+    assert [step for step, _ in tags["charts/episodic_return"]] == [
+        400,
+        400,
+    ]  # 200 steps of two environments
     rates = [value for _, value in tags["charts/learning_rate"]]
     assert rates == pytest.approx([3e-4 * (1 - i / 5) for i in range(5)])
 
@@ -316,7 +386,8 @@ def test_logged_returns_are_those_of_the_episodes():
     ppo.train(args)
     logged = scalars(runs.Path("r"))["charts/episodic_length"]
     steps, lengths = [step for step, _ in logged], [length for _, length in logged]
-    assert np.cumsum(lengths).tolist() == steps  # one environment: every step belongs to one episode
+    assert (
+        np.cumsum(lengths).tolist() == steps
+    )  # one environment: every step belongs to one episode
     returns = [value for _, value in scalars(runs.Path("r"))["charts/episodic_return"]]
     assert returns == [length - 1 for length in lengths]  # 1 a step, 0 for the step that fails (v5)
-

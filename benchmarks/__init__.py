@@ -1,0 +1,1 @@
+"""Benchmarks of the four scripts: `python -m benchmarks --help`."""
