@@ -1,9 +1,9 @@
 """Proximal Policy Optimization for continuous actions, in one file.
 
-Collect a rollout with the current policy; estimate how much better than expected each action was (GAE);
-take many small gradient steps that make good actions likelier, but stop gaining once the probability
-of an action has moved by a fifth (the clipped objective). Schulman et al. 2017, arXiv:1707.06347;
-details are numbered as in Huang et al. 2022, "The 37 Implementation Details of PPO".
+Collect a rollout with the current policy; estimate how much better than expected each action was
+(GAE); take many small gradient steps that make good actions likelier, but gain nothing more once
+the probability of an action has moved by a fifth (the clipped objective). Schulman et al. 2017,
+arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
     python ppo_continuous.py
     python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
@@ -26,11 +26,18 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 
 from common import envs, runs, seeding
-from common.tensors import ReturnStatistics, RunningStatistics, flatten_parameters, to_numpy
+from common.tensors import (
+    FlatAdam,
+    ReturnStatistics,
+    RunningStatistics,
+    flatten_parameters,
+    to_numpy,
+)
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
-NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)  # integrate over a standard normal
+# integrals over a standard normal, by Gauss-Hermite quadrature
+NODES, WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(32))
 
 
 @dataclass
@@ -138,7 +145,7 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Gaussian policy with a state-independent log-std, value network, and the statistics of both."""
+    """Gaussian policy with a state-independent log-std, value network, and statistics."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
         super().__init__()
@@ -153,7 +160,7 @@ class Agent(nn.Module):
         self.register_buffer("high", torch.from_numpy(action_space.high).float())
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Flatten observations [B, *obs_shape] to [B, O], normalised and clipped at 10 deviations."""
+        """Normalise observations [B, *obs_shape], clip them at 10 deviations, flatten them."""
         if self.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
@@ -167,7 +174,7 @@ class Agent(nn.Module):
         return (self.actor(x), self.log_std), self.value(x)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions [B, A] for raw observations and N(0, 1) noise; and as the environment takes them."""
+        """Actions [B, A] for raw observations and N(0, 1) noise; the same for the environment."""
         action = torch.addcmul(self.actor(self.normalize(obs)), self.log_std.exp(), noise)
         return action, self.env_action(action)
 
@@ -212,10 +219,9 @@ def gaussian_entropy(mean, log_std, squash: bool) -> torch.Tensor:
     """Entropy [B] of the policy; squashed, it has no closed form: Gauss-Hermite quadrature."""
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
     if squash:
-        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES.tolist())
-        entropy = entropy + (
-            tanh_log_det(u) * mean.new_tensor((WEIGHTS / WEIGHTS.sum()).tolist())
-        ).sum(-1)
+        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES)
+        correction = tanh_log_det(u) @ mean.new_tensor(WEIGHTS) / math.sqrt(2 * math.pi)
+        entropy = entropy + correction
     return entropy.sum(-1)
 
 
@@ -234,7 +240,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
-    """Loss of a minibatch (Schulman et al. 2017, equations 7 and 9) and METRICS; arguments are [B]."""
+    """Loss of a minibatch (Schulman et al. 2017, equations 7 and 9) and METRICS; inputs [B]."""
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     if args.norm_adv:  # detail 7: per minibatch
@@ -256,20 +262,11 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     return loss, torch.stack(metrics).detach()
 
 
-def adam_step(parameters, gradient, adam: dict, lr: torch.Tensor, eps: float) -> None:
-    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place, on vectors [P]."""
-    adam["step"] += 1
-    adam["exp_avg"].lerp_(gradient, 1 - 0.9)
-    adam["exp_avg_sq"].lerp_(gradient**2, 1 - 0.999)
-    bias1, bias2 = (1 - torch.exp(adam["step"] * math.log(beta)) for beta in (0.9, 0.999))
-    parameters -= lr / bias1 * adam["exp_avg"] / ((adam["exp_avg_sq"] / bias2).sqrt() + eps)
+def make_update(agent: Agent, optimizer: FlatAdam, args: Args) -> Callable:
+    """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-
-def make_update(agent: Agent, args: Args) -> Callable:
-    """Return `update(parameters, adam, batch, indices, lr)`: a gradient step in place, and METRICS.
-
-    It is a function of tensors, so torch.compile makes one graph of forward pass, gradient, clipping
-    and Adam. The network is `agent`, called with the pieces of the vector `parameters` as weights.
+    A function of tensors, so that torch.compile makes one graph of forward pass, gradient, clipping
+    and Adam. The network is `agent`, called with pieces of the vector `parameters` as weights.
     """
     shapes = {name: parameter.shape for name, parameter in agent.named_parameters()}
 
@@ -280,11 +277,11 @@ def make_update(agent: Agent, args: Args) -> Callable:
         log_prob = gaussian_log_prob(*policy, actions, args.squash)
         return ppo_loss(log_prob, gaussian_entropy(*policy, args.squash), value, *rest, args)
 
-    def update(parameters, adam, batch, indices, lr):
+    def update(parameters, batch, indices, lr):
         minibatch = [x[indices] for x in batch]
         gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(parameters, *minibatch)
         gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)  # detail 11
-        adam_step(parameters, gradient, adam, lr, eps=1e-5)  # detail 3
+        optimizer.step(parameters, gradient, lr)
         return metrics
 
     return update
@@ -339,14 +336,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     obs_space, action_space = check_args(args)
     device = runs.setup_torch(args, faster="cpu")  # small networks, one observation at a time
     seeding.seed_global(args.seed)
-    rng = {
-        name: seeding.torch_generator(args.seed, name, device) for name in ("action", "minibatch")
-    }
+    rng = seeding.torch_generators(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = flatten_parameters(agent)
-    adam = {name: torch.zeros_like(parameters) for name in ("exp_avg", "exp_avg_sq")}
-    adam["step"] = torch.zeros((), device=device)
-    update = runs.compile_function(make_update(agent, args), args)
+    optimizer = FlatAdam(parameters, eps=1e-5)  # detail 3
+    update = runs.compile_function(make_update(agent, optimizer, args), args)
     vector_env = envs.make_vector_env(args.env_id, args.num_envs, args.vectorization)
     next_obs, _ = vector_env.reset(seed=seeding.env_seeds(args.seed, args.num_envs))
     rollout = Rollout(args.num_steps, args.num_envs, obs_space.shape, agent.log_std.shape, device)
@@ -360,7 +354,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             print(f"{args.resume} is finished; to see it: --evaluate {args.resume}")
             return Path(args.resume)
         agent.load_state_dict(checkpoint["agent"])
-        adam = {name: x.to(device) for name, x in checkpoint["adam"].items()}
+        optimizer.load_state_dict(checkpoint["optimizer"])
         lost = envs.load_envs(vector_env, episodes, next_obs, checkpoint["envs"])
         agent.return_statistics.carry[lost] = 0.0
         seeding.set_rng_state(checkpoint["rng"], rng)
@@ -369,9 +363,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
     def state() -> dict:
         """Everything that decides how training goes on."""
-        progress = {"global_step": global_step, "best_return": best_return, "adam": adam}
-        progress["envs"] = envs.save_envs(vector_env, episodes, next_obs)
-        return progress | {"agent": agent.state_dict(), "rng": seeding.get_rng_state(rng)}
+        return {
+            "global_step": global_step,
+            "best_return": best_return,
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "envs": envs.save_envs(vector_env, episodes, next_obs),
+            "rng": seeding.get_rng_state(rng),
+        }
 
     with runs.Run(args, SCRIPT, last_step, device, checkpoint) as run:
         if checkpoint is None:
@@ -398,7 +397,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             for t, episodic_return, length in episodes.update(rollout.rewards, ends):
                 run.episode(episodic_return, length, start_step + (t + 1) * args.num_envs)
 
-            # update; acting, old and new log-probabilities, values and rewards see the same statistics
+            # update, with the very statistics that the rollout was collected with
             lr = learning_rate(start_step / last_step, args)
             obs = agent.normalize(rollout.obs[:-1].flatten(0, 1))
             actions = rollout.actions.flatten(0, 1)
@@ -411,7 +410,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
                 for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
                     indices = order[i : i + args.minibatch_size]
-                    metrics.append(update(parameters, adam, batch, indices, lr_tensor))
+                    metrics.append(update(parameters, batch, indices, lr_tensor))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))

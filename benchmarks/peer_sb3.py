@@ -1,4 +1,4 @@
-"""Stable-Baselines3's PPO with the hyper-parameters of ppo_continuous.py; prints `step seconds` a rollout."""
+"""Stable-Baselines3's PPO with the settings of ppo_continuous.py; prints `step seconds`."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Environment steps per second, beside a peer with equal hyper-parameters, environment and threads."""
+"""Environment steps per second, beside a peer with equal settings, environment and threads."""
 
 import json
 import statistics
@@ -59,8 +59,8 @@ def speed(
 ) -> None:
     """Steps per second of ppo_continuous.py and of Stable-Baselines3's PPO, in turn.
 
-    The steady state is measured from the end of the second rollout on; start-up, with compilation, is the
-    time from the process's start until then, less the steady time of those two rollouts.
+    The steady state is measured from the end of the second rollout on. Start-up, with compilation,
+    is the time until then, less what those two rollouts take in the steady state.
 
     Args:
         env_id: environment.
@@ -89,14 +89,12 @@ def speed(
     print(f"{'':24}{'steps/s':>9}{'least':>9}{'most':>9}{'start-up':>10}")
     for name, result in results.items():
         rates, startup = result["steps_per_second"], statistics.median(result["startup_seconds"])
-        print(
-            f"{name:24}{statistics.median(rates):9,.0f}{min(rates):9,.0f}{max(rates):9,.0f}{startup:9.1f}s"
-        )
+        columns = "".join(f"{f(rates):9,.0f}" for f in (statistics.median, min, max))
+        print(f"{name:24}{columns}{startup:9.1f}s")
     ours, peer = (result["steps_per_second"] for result in results.values())
     ratios = [a / b for a, b in zip(ours, peer)]
-    print(
-        f"ratio, pair by pair: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"ratio, pair by pair: {statistics.median(ratios):.2f} ({spread})")
     if output:
         output.write_text(
             json.dumps(

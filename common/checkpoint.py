@@ -16,7 +16,7 @@ class CheckpointError(Exception):
 def to_plain(value):
     """Turn `value` into tensors and plain Python, which is all that `weights_only=True` lets in.
 
-    NumPy's arrays, scalars and generators become marked tuples, so that from_plain restores their types.
+    NumPy's arrays, scalars and generators become marked tuples; from_plain restores their types.
     Raises TypeError for anything else: reading it would need its class, that is, somebody's code.
     """
     if isinstance(value, np.ndarray):
@@ -53,7 +53,7 @@ def from_plain(value):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` to `path` atomically: whenever the process dies, the old file is there or the new one."""
+    """Write `state` atomically: whenever the process dies, the old file is there or the new one."""
     temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("wb") as file:
         torch.save({"format": FORMAT, "version": VERSION, "state": to_plain(state)}, file)

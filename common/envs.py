@@ -22,7 +22,7 @@ CONSTANTS = (gym.Space, EnvSpec, FunctionType, MethodType, BuiltinFunctionType, 
 
 
 def make_env(env_id: str, **kwargs) -> gym.Env:
-    """Make one environment; `my_module:MyEnv-v0` imports my_module, also from the working directory."""
+    """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -35,10 +35,10 @@ def _make_training_env(env_id: str, vectorization: str) -> gym.Env:
 
 
 def make_vector_env(env_id: str, num_envs: int, vectorization: str) -> VectorEnv:
-    """Make environments that step together and reset in the very step that ends an episode (SAME_STEP).
+    """Make environments that step together and reset in the step that ends an episode (SAME_STEP).
 
-    The real last observation is then in infos["final_obs"]; NEXT_STEP, Gymnasium's default, would put a
-    false transition between episodes. The returned observations are overwritten by the next step.
+    The real last observation is then in infos["final_obs"]. NEXT_STEP, Gymnasium's default, puts a
+    false transition between episodes. The next step overwrites the observations: copy them.
     """
     vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[vectorization]
     make = partial(_make_training_env, env_id, vectorization)
@@ -46,7 +46,7 @@ def make_vector_env(env_id: str, num_envs: int, vectorization: str) -> VectorEnv
 
 
 def make_eval_env(args, run_dir: Path) -> gym.Env:
-    """Make the environment of an evaluation: in a window with --render, filmed with --capture-video."""
+    """Make the environment of an evaluation, in a window (--render) or filmed (--capture-video)."""
     if args.render:
         return make_env(args.env_id, render_mode="human")
     if not args.capture_video:
@@ -56,7 +56,7 @@ def make_eval_env(args, run_dir: Path) -> gym.Env:
 
 
 def check_spaces(args, action_type: type, hint: str) -> tuple[gym.spaces.Box, gym.Space]:
-    """Return the observation and action space of `--env-id`, or end with one line if they do not fit."""
+    """Return the observation and action space, or end with one line if they do not fit."""
     if args.capture_video:
         prepare_video()
     try:
@@ -95,16 +95,14 @@ def prepare_video() -> None:
         ):
             os.environ["MUJOCO_GL"] = renderer
             return
-    fail(
-        "--capture-video finds neither a display nor a GPU; install a renderer: apt install libosmesa6"
-    )
+    fail("--capture-video needs a display, a GPU, or a renderer: apt install libosmesa6")
 
 
 class Snapshot(gym.Wrapper):
-    """Gives an environment the attribute `snapshot`: all that decides its future, or None if out of reach.
+    """Gives an environment the attribute `snapshot`: all that decides its future, or None.
 
-    In reach are MuJoCo, environments with the pair `get_state()` and `set_state(state)`, and those whose
-    attributes are plain data (numbers, arrays, containers, NumPy generators), as in classic control.
+    It exists for MuJoCo, for environments with the pair `get_state()` and `set_state(state)`, and
+    for those whose attributes are plain data (numbers, arrays, generators), as in classic control.
     """
 
     @property
@@ -154,7 +152,7 @@ def _save_mujoco(env: gym.Env) -> dict:
 
     physics = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(env.model, env.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-    # observations and rewards read arrays that lag behind the physics, so recomputing them is not enough
+    # observations and rewards read arrays that lag behind the physics: recomputing is not enough
     arrays = {name: getattr(env.data, name) for name in dir(env.data) if name[0] != "_"}
     return to_plain(
         {"physics": physics} | {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
@@ -193,7 +191,7 @@ class EpisodeStatistics:
 
 
 def save_envs(vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs: np.ndarray) -> dict:
-    """Return the state of all environments and their episodes, and the observations they wait with."""
+    """Return the state of environments and episodes, and the observations they wait with."""
     state = {"snapshots": list(vector_env.get_attr("snapshot")), "next_obs": next_obs}
     return state | {"returns": episodes.returns, "lengths": episodes.lengths}
 
@@ -201,7 +199,7 @@ def save_envs(vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs: np.n
 def load_envs(
     vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs, state: dict
 ) -> np.ndarray:
-    """Put back what save_envs returned, into `next_obs` too; return which episodes were lost [N]."""
+    """Put back what save_envs returned, also into `next_obs`; return which episodes were lost."""
     vector_env.set_attr("snapshot", state["snapshots"])
     lost = np.array([snapshot is None for snapshot in state["snapshots"]])
     if lost.any():
@@ -216,7 +214,7 @@ def load_envs(
 
 
 def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
-    """Play --eval-episodes episodes, the i-th seeded from (seed, i); return their returns and lengths."""
+    """Play --eval-episodes episodes, episode i seeded from (seed, i): returns, lengths."""
     env = make_eval_env(args, run_dir)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     for i in range(args.eval_episodes):

@@ -54,7 +54,7 @@ def flag(name: str) -> str:
 
 
 def require(condition: bool, args, name: str, need: str) -> None:
-    """End with one line, such as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
+    """End with one line, as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
     if not condition:
         fail(f"{flag(name)} {getattr(args, name)}: {need}")
 
@@ -76,7 +76,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class: type, script: str) -> tuple:
-    """Return the arguments, and the checkpoint with --resume or --evaluate, which take them from the run."""
+    """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
     args = tyro.cli(args_class)
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -97,14 +97,12 @@ def parse_args(args_class: type, script: str) -> tuple:
         stored.anneal_lr
         and anew.get("total_timesteps", stored.total_timesteps) != stored.total_timesteps
     ):
-        fail(
-            f"--total-timesteps: the learning rate is annealed over the run's {stored.total_timesteps}"
-        )
+        fail(f"--total-timesteps: the learning rate is annealed over {stored.total_timesteps}")
     return dataclasses.replace(stored, **anew), checkpoint
 
 
 def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
-    """Load a checkpoint of `script` from a run folder, or end with one line that says what is wrong."""
+    """Load a checkpoint of `script` from a run folder, or end with one line that says why not."""
     path = Path(run_dir) / name
     if not path.is_file():
         fail(f"{run_dir} is not a run folder: it has no {name}")
@@ -118,7 +116,7 @@ def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> d
 
 
 def setup_torch(args, faster: str) -> torch.device:
-    """Set threads and determinism, and return the device; `--device auto` takes what is `faster`."""
+    """Set threads and determinism; return the device, `faster` being what auto takes."""
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     torch.set_num_threads(args.num_threads)
@@ -139,9 +137,7 @@ def compile_function(function: Callable, args) -> Callable:
             Exception
         ) as error:  # types differ between versions; none of them is about `function`
             args.compile = False
-            print(
-                f"running eagerly: torch.compile needs a compiler (apt install g++ python3-dev): {error!r:.60}"
-            )
+            print(f"running eagerly: no compiler (apt install g++ python3-dev): {error!r:.60}")
     return function
 
 
@@ -157,7 +153,7 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 
 
 class Run:
-    """The run folder, and what a person sees: TensorBoard, progress, Ctrl-C. A context of the training loop."""
+    """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C."""
 
     def __init__(
         self, args, script: str, last_step: int, device: torch.device, checkpoint: dict | None
@@ -185,7 +181,7 @@ class Run:
             wandb.init(
                 **ids, dir=self.dir, resume="allow", config=vars(args), sync_tensorboard=True
             )
-        # what a killed run logged after its checkpoint is logged again: readers drop it at purge_step
+        # readers drop what a killed run logged after its checkpoint, as it is logged again
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
         if checkpoint is None:
             rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
@@ -266,7 +262,7 @@ class Run:
         return mean
 
     def progress(self, step: int) -> None:
-        """Log the speed and show it: a live bar, or a line every ten seconds where there is no terminal."""
+        """Log the speed, and show it in a bar, or a line every ten seconds without a terminal."""
         now = time.perf_counter()
         speed = (step - self.first_step) / (now - self.start)
         recent = (
@@ -298,7 +294,7 @@ class Run:
         if self.signal:
             self.bar.close()
             print(
-                f"stopped at step {self.step:,}; to go on: python {self.script}.py --resume {self.dir}"
+                f"stopped at step {self.step:,}; go on: python {self.script}.py --resume {self.dir}"
             )
             raise SystemExit(128 + self.signal)
 

@@ -1,4 +1,4 @@
-"""Random streams, each spawned from (seed, name, index), so that neighbouring seeds share nothing."""
+"""Random streams, spawned from (seed, name, index), so that neighbouring seeds share nothing."""
 
 import random
 
@@ -9,7 +9,7 @@ STREAMS = ("init", "env", "action", "minibatch", "replay", "eval", "python", "nu
 
 
 def stream_seed(seed: int, name: str, *index: int) -> int:
-    """Return the 64-bit seed of a stream: `stream_seed(1, "env", 3)` for the fourth environment of seed 1.
+    """Return the 64-bit seed of a stream, as `stream_seed(1, "env", 3)` of the fourth environment.
 
     `seed + i` would hand the second environment of seed 1 and the first of seed 2 the same numbers.
     """
@@ -22,13 +22,13 @@ def env_seeds(seed: int, num_envs: int) -> list[int]:
     return [stream_seed(seed, "env", i) for i in range(num_envs)]
 
 
-def torch_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Return a generator on `device` that draws from the stream `name`."""
-    return torch.Generator(device).manual_seed(stream_seed(seed, name))
+def torch_generators(seed: int, names: tuple, device: torch.device) -> dict[str, torch.Generator]:
+    """Return a generator on `device` for each of the streams `names`."""
+    return {name: torch.Generator(device).manual_seed(stream_seed(seed, name)) for name in names}
 
 
 def seed_global(seed: int) -> None:
-    """Seed the process-wide generators: initial weights draw from them, and some users' environments."""
+    """Seed the process-wide generators: initial weights use them, and some users' environments."""
     torch.manual_seed(stream_seed(seed, "init"))
     random.seed(stream_seed(seed, "python"))
     np.random.seed(stream_seed(seed, "numpy") % 2**32)

@@ -1,5 +1,6 @@
-"""Tensors: running statistics, parameters as one vector, and a PyTorch function traced into NumPy."""
+"""Running statistics, parameters as one vector, and a PyTorch function traced into NumPy."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,7 @@ class RunningStatistics(nn.Module):
 
 
 def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.ndarray:
-    """Running sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated."""
+    """Sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated."""
     returns = np.zeros_like(rewards)
     for t in range(len(rewards)):
         returns[t] = gamma * carry + rewards[t]
@@ -41,7 +42,7 @@ def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.nda
 
 
 class ReturnStatistics(RunningStatistics):
-    """Statistics of discounted_returns, whose standard deviation is the unit of normalised rewards."""
+    """Statistics of discounted_returns: their deviation is the unit of normalised rewards."""
 
     def __init__(self, num_envs: int):
         super().__init__(())
@@ -56,12 +57,31 @@ class ReturnStatistics(RunningStatistics):
 
 
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
-    """Move the parameters of `module` into one vector [P], whose views they become, and return it."""
+    """Return a vector [P] with the parameters of `module`, which become views of it."""
     flat = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     sizes = [parameter.numel() for parameter in module.parameters()]
     for parameter, view in zip(module.parameters(), flat.split(sizes), strict=True):
         parameter.data = view.view_as(parameter)
     return flat
+
+
+class FlatAdam(nn.Module):
+    """Adam (Kingma & Ba 2015, algorithm 1) on one vector of parameters [P], to be compiled."""
+
+    def __init__(self, parameters: torch.Tensor, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("steps", torch.zeros((), device=parameters.device))
+        self.register_buffer("exp_avg", torch.zeros_like(parameters))
+        self.register_buffer("exp_avg_sq", torch.zeros_like(parameters))
+
+    def step(self, parameters: torch.Tensor, gradient: torch.Tensor, lr: torch.Tensor) -> None:
+        """Step against `gradient` [P], in place; `lr` is a tensor, as a number would recompile."""
+        self.steps += 1
+        self.exp_avg.lerp_(gradient, 1 - 0.9)
+        self.exp_avg_sq.lerp_(gradient**2, 1 - 0.999)
+        bias1, bias2 = (1 - torch.exp(self.steps * math.log(beta)) for beta in (0.9, 0.999))
+        parameters -= lr / bias1 * self.exp_avg / ((self.exp_avg_sq / bias2).sqrt() + self.eps)
 
 
 # what to_numpy knows of PyTorch, by the names of its ATen operators
@@ -83,9 +103,9 @@ OPERATIONS = {
 
 
 def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
-    """Return `function`, which takes tensors shaped as `examples`, as one that returns NumPy arrays.
+    """Return `function`, of tensors shaped as `examples`, as one that returns NumPy arrays.
 
-    On a few rows PyTorch takes several times as long as the arithmetic, and NumPy's calls are cheaper.
+    On a few rows PyTorch takes several times as long as the arithmetic; NumPy's calls are cheaper.
     On the CPU `function` is therefore traced and written down in NumPy; weights keep sharing their
     memory. Elsewhere, and with an operation that OPERATIONS lacks, `function` itself is called. It
     must not branch on values.

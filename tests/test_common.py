@@ -18,15 +18,24 @@ from common.seeding import STREAMS, env_seeds, stream_seed
 from common.tensors import flatten_parameters
 
 MUJOCO = [
-    "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5", "InvertedDoublePendulum-v5",
-    "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
-]  # fmt: skip
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "HumanoidStandup-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Pusher-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
 
 
 @pytest.mark.parametrize("env_id", [*MUJOCO, *CLASSIC, "toy_envs:Shaped-v0", "toy_envs:Pair-v0"])
 def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, tmp_path):
-    """Observations, rewards and ends, through resets, in another process's worth of fresh environments."""
+    """Observations, rewards and ends, through resets, in environments made anew."""
 
     def make():
         vector_env = envs.make_vector_env(env_id, 2, "sync")
@@ -54,7 +63,7 @@ def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, tmp_path):
 
 
 def test_vector_environments_reset_in_the_step_that_ends_an_episode():
-    """No false transition between episodes, and the real last observation at hand (gymnasium's SAME_STEP)."""
+    """No false transition between episodes, and the real last observation at hand."""
     for vectorization in ("sync", "async"):
         vector_env = envs.make_vector_env("toy_envs:Counter-truncated-v0", 2, vectorization)
         obs, _ = vector_env.reset(seed=[1, 2])
@@ -103,8 +112,15 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
 def test_plain_data_comes_back_with_its_types():
     rng = np.random.default_rng(3)
     rng.normal(size=3)
-    state = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.float32(0.1), "c": (1, [2.5, None, "x", b"y"]),
-             "d": {"e": True, 3: np.bool_(False)}, "f": torch.ones(2), "g": ("ndarray", 1), "h": np.array(2.0)}  # fmt: skip
+    state = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "b": np.float32(0.1),
+        "c": (1, [2.5, None, "x", b"y"]),
+        "d": {"e": True, 3: np.bool_(False)},
+        "f": torch.ones(2),
+        "g": ("ndarray", 1),
+        "h": np.array(2.0),
+    }
     back = from_plain(to_plain(state))
     assert_same(back, state)
     assert type(back["b"]) is np.float32 and back["h"].shape == ()

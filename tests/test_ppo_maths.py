@@ -13,7 +13,13 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import ppo_continuous as ppo
-from common.tensors import RunningStatistics, discounted_returns, flatten_parameters, to_numpy
+from common.tensors import (
+    FlatAdam,
+    RunningStatistics,
+    discounted_returns,
+    flatten_parameters,
+    to_numpy,
+)
 
 BOX = gym.spaces.Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
 
@@ -36,19 +42,17 @@ def random_batch(size: int = 64) -> tuple[torch.Tensor, ...]:
     )
 
 
-def new_adam(parameters: torch.Tensor) -> dict[str, torch.Tensor]:
-    adam = {name: torch.zeros_like(parameters) for name in ("exp_avg", "exp_avg_sq")}
-    return adam | {"step": torch.zeros(())}
-
-
 @settings(deadline=None, max_examples=100)
 @given(
-    seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 12), num_envs=st.integers(1, 3),
-    gamma=st.sampled_from([0.0, 0.9, 0.99, 1.0]), lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.integers(1, 12),
+    num_envs=st.integers(1, 3),
+    gamma=st.sampled_from([0.0, 0.9, 0.99, 1.0]),
+    lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     p=st.sampled_from([0.0, 0.2, 0.7]),
-)  # fmt: skip
+)
 def test_gae_is_the_sum_over_k_step_advantages(seed, steps, num_envs, gamma, lam, p):
-    """Equation 16 as it is printed: the sum of (gamma lambda)^l delta_(t+l), cut where an episode ends."""
+    """Equation 16 as it is printed: the sum of (gamma lambda)^l delta_(t+l)."""
     rng = np.random.default_rng(seed)
     rewards, values, next_values = rng.normal(size=(3, steps, num_envs))
     terminations, truncations = rng.random((2, steps, num_envs)) < p
@@ -67,7 +71,7 @@ def test_gae_is_the_sum_over_k_step_advantages(seed, steps, num_envs, gamma, lam
 
 
 def test_estimate_bootstraps_from_the_real_last_observation():
-    """Terminated, truncated, both, and the edge of the rollout, on values that equal the observation."""
+    """Terminated, truncated, both, and the rollout's edge, where value equals observation."""
     args = ppo.Args(gamma=0.5, gae_lambda=0.0, norm_obs=False, norm_reward=False, hidden_sizes=())
     agent = ppo.Agent((1,), BOX, args)
     nn.init.ones_(agent.critic[0].weight)  # V(s) = s
@@ -138,8 +142,15 @@ def test_squashed_entropy_is_the_expected_surprise():
 @pytest.mark.parametrize("squash", [False, True])
 def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss, norm_adv, squash):
     """Sample by sample, by cases, on torch.distributions and autograd in float64."""
-    args = ppo.Args(clip_vloss=clip_vloss, vf_loss=vf_loss, norm_adv=norm_adv, squash=squash,
-                    ent_coef=0.0 if squash else 0.01, vf_coef=0.7, norm_obs=False)  # fmt: skip
+    args = ppo.Args(
+        clip_vloss=clip_vloss,
+        vf_loss=vf_loss,
+        norm_adv=norm_adv,
+        squash=squash,
+        ent_coef=0.0 if squash else 0.01,
+        vf_coef=0.7,
+        norm_obs=False,
+    )
     agent = make_agent(squash=squash).double()
     with torch.no_grad():
         for parameter in agent.parameters():
@@ -173,8 +184,13 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
     got, metrics = ppo.ppo_loss(
         ppo.gaussian_log_prob(agent.actor(obs), agent.log_std, action, squash),
         ppo.gaussian_entropy(agent.actor(obs), agent.log_std, squash),
-        agent.value(obs), old_log_prob, advantage, old_value, target, args,
-    )  # fmt: skip
+        agent.value(obs),
+        old_log_prob,
+        advantage,
+        old_value,
+        target,
+        args,
+    )
     torch.testing.assert_close(got, expected)
     parameters = list(agent.parameters())
     for a, b in zip(
@@ -194,12 +210,12 @@ def test_update_equals_autograd_with_torch_optim_adam():
     args = ppo.Args(ent_coef=0.01, max_grad_norm=0.05)
     agent, twin = make_agent(), make_agent()
     parameters = flatten_parameters(agent)
-    adam, update = new_adam(parameters), ppo.make_update(agent, args)
+    update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), args)
     optimizer = torch.optim.Adam(twin.parameters(), lr=3e-3, eps=1e-5)
     batch = random_batch(640)
     for i in range(20):
         indices = torch.arange(i * 32, i * 32 + 32)
-        update(parameters, adam, batch, indices, torch.tensor(3e-3))
+        update(parameters, batch, indices, torch.tensor(3e-3))
         with torch.enable_grad():
             obs, action, *rest = (x[indices] for x in batch)
             policy, value = twin(obs)
@@ -221,12 +237,12 @@ def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once():
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, dynamic=False)):
         agent = make_agent(squash=True)
         parameters = flatten_parameters(agent)
-        adam = new_adam(parameters)
-        update = wrap(ppo.make_update(agent, ppo.Args(squash=True, ent_coef=0.01)))
+        optimizer = FlatAdam(parameters, eps=1e-5)
+        update = wrap(ppo.make_update(agent, optimizer, ppo.Args(squash=True, ent_coef=0.01)))
         batch = random_batch(320)
         for i in range(50):  # the learning rate changes, the graph does not
             lr = torch.tensor(1e-3 * (1 - i / 50))
-            metrics = update(parameters, adam, batch, torch.arange(64) + i % 5 * 64, lr)
+            metrics = update(parameters, batch, torch.arange(64) + i % 5 * 64, lr)
         results.append((parameters, metrics))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -287,7 +303,7 @@ class Wide(nn.Sequential):
 )
 @torch.no_grad()
 def test_an_edited_network_acts_and_trains_alike(network, squash):
-    """Acting is derived from the module: it follows edits, and every gradient step, without being told."""
+    """Acting is derived from the module: it follows edits and gradient steps."""
     agent = make_agent(squash=squash)
     agent.actor = network or agent.actor
     parameters = flatten_parameters(agent)
@@ -297,14 +313,12 @@ def test_an_edited_network_acts_and_trains_alike(network, squash):
     assert (act.__name__ == "traced") == (
         not isinstance(network, nn.Sequential) or isinstance(network, Wide)
     )
-    update = ppo.make_update(agent, ppo.Args(squash=squash))
+    update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), ppo.Args(squash=squash))
     before = act(obs, noise)[0]
     for _ in range(3):
         for got, expected in zip(act(obs, noise), agent.sample(obs, noise)):
             np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
-        update(
-            parameters, new_adam(parameters), random_batch(), torch.arange(64), torch.tensor(0.01)
-        )
+        update(parameters, random_batch(), torch.arange(64), torch.tensor(0.01))
     assert np.abs(act(obs, noise)[0] - before).max() > 1e-3
     agent.obs_statistics.update(torch.randn(1000, 4) * 5)
     np.testing.assert_allclose(

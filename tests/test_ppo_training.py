@@ -17,7 +17,13 @@ from common import envs, runs
 from common.checkpoint import load_checkpoint
 
 SCRIPT = "ppo_continuous.py"
-SHORT = dict(num_steps=64, num_minibatches=4, update_epochs=2, eval_episodes=2, compile=False)
+SHORT = {
+    "num_steps": 64,
+    "num_minibatches": 4,
+    "update_epochs": 2,
+    "eval_episodes": 2,
+    "compile": False,
+}
 
 
 def flags(**kwargs) -> list[str]:
@@ -43,18 +49,31 @@ def test_learns_to_balance_a_pendulum(tmp_path):
     assert np.mean(returns[-20:]) > 150
 
 
-@pytest.mark.parametrize("end, expected", [
-    ("truncated", [10.0] * 5),
-    ("terminated", [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]),
-    ("both", [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        ("truncated", [10.0] * 5),
+        ("terminated", [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]),
+        ("both", [(1 - 0.9 ** (5 - t)) / 0.1 for t in range(5)]),
+    ],
+)
 def test_value_at_time_limits(end, expected):
-    """Reward 1 a step for five steps: cut off, life is worth 10 at every step; ended, what is left of it."""
+    """Reward 1 for five steps: cut off, worth 10 at every step; ended, what is left of it."""
     args = ppo.Args(
-        env_id=f"toy_envs:Counter-{end}-v0", num_envs=4, num_steps=32, num_minibatches=2, total_timesteps=51_200,
-        gamma=0.9, learning_rate=5e-3, hidden_sizes=(32,), anneal_lr=False, norm_reward=False, norm_obs=False, clip_vloss=False,
+        env_id=f"toy_envs:Counter-{end}-v0",
+        num_envs=4,
+        num_steps=32,
+        num_minibatches=2,
+        total_timesteps=51_200,
+        gamma=0.9,
+        learning_rate=5e-3,
+        hidden_sizes=(32,),
+        anneal_lr=False,
+        norm_reward=False,
+        norm_obs=False,
+        clip_vloss=False,
         run_dir="r",
-    )  # fmt: skip
+    )
     agent = ppo.load_agent(ppo.train(args))
     with torch.no_grad():
         values = agent.value(agent.normalize(torch.arange(5.0)[:, None]))
@@ -68,8 +87,8 @@ def record_updates(monkeypatch) -> list:
     seen = []
 
     def wrap(function, args):
-        def update(parameters, adam, batch, indices, lr):
-            metrics = function(parameters, adam, batch, indices, lr)
+        def update(parameters, batch, indices, lr):
+            metrics = function(parameters, batch, indices, lr)
             seen.append(([x.clone() for x in batch], dict(zip(ppo.METRICS, metrics.tolist()))))
             return metrics
 
@@ -81,10 +100,18 @@ def record_updates(monkeypatch) -> list:
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, squash):
-    """Acting, old and new log-probabilities all see the same statistics, which change between rollouts."""
+    """Acting, old and new log-probabilities see the same statistics, which then change."""
     seen = record_updates(monkeypatch)
-    ppo.train(ppo.Args(env_id="Pendulum-v1", total_timesteps=640, num_envs=2, squash=squash, run_dir="r",
-                       **SHORT | {"num_steps": 32}))  # fmt: skip
+    ppo.train(
+        ppo.Args(
+            env_id="Pendulum-v1",
+            total_timesteps=640,
+            num_envs=2,
+            squash=squash,
+            run_dir="r",
+            **SHORT | {"num_steps": 32},
+        )
+    )
     assert len(seen) == 10 * 2 * 4
     for _, metrics in seen[::8]:
         assert abs(metrics["old_approx_kl"]) < 1e-6 and metrics["clipfrac"] == 0
@@ -95,10 +122,16 @@ def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, squas
 
 
 def test_all_environments_share_statistics_and_stored_observations_are_copies(monkeypatch):
-    """With four environments: one mean and variance, over all that was seen, rollout buffers unaliased."""
+    """With four environments: one mean and variance over all, and no aliased buffers."""
     stored = []
-    monkeypatch.setattr(ppo, "estimate", lambda agent, rollout, args, original=ppo.estimate: (
-        stored.append((rollout.obs.clone(), agent.obs_statistics.count.item())), original(agent, rollout, args))[1])  # fmt: skip
+    monkeypatch.setattr(
+        ppo,
+        "estimate",
+        lambda agent, rollout, args, original=ppo.estimate: (
+            stored.append((rollout.obs.clone(), agent.obs_statistics.count.item())),
+            original(agent, rollout, args),
+        )[1],
+    )
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=1280, num_envs=4, run_dir="r", **SHORT)
     agent = ppo.load_agent(ppo.train(args))
     assert agent.obs_statistics.count == 1280 and [count for _, count in stored] == [
@@ -113,16 +146,27 @@ def test_all_environments_share_statistics_and_stored_observations_are_copies(mo
     assert torch.equal(stored[1][0][0], obs[-1])  # the pending observation opens the next rollout
 
 
-@pytest.mark.parametrize("env_id, num_envs, compiled", [
-    ("Hopper-v5", 4, True), ("HalfCheetah-v5", 1, False), ("Pendulum-v1", 4, False),
-    ("MountainCarContinuous-v0", 1, True), ("toy_envs:Pair-v0", 4, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env_id, num_envs, compiled",
+    [
+        ("Hopper-v5", 4, True),
+        ("HalfCheetah-v5", 1, False),
+        ("Pendulum-v1", 4, False),
+        ("MountainCarContinuous-v0", 1, True),
+        ("toy_envs:Pair-v0", 4, False),
+    ],
+)
 def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, env_id, num_envs, compiled):
-    """SIGKILL at random moments; the same weights to the last bit, the same scalars, the same evaluation."""
-    arguments = SHORT | dict(
-        env_id=env_id, num_envs=num_envs, compile=compiled, total_timesteps=64 * num_envs * 60,
-        checkpoint_every=64 * num_envs * 3, eval_every=64 * num_envs * 20, seed=3,
-    )  # fmt: skip
+    """SIGKILL at random moments; the same weights to the last bit, the same scalars."""
+    arguments = SHORT | {
+        "env_id": env_id,
+        "num_envs": num_envs,
+        "compile": compiled,
+        "total_timesteps": 64 * num_envs * 60,
+        "checkpoint_every": 64 * num_envs * 3,
+        "eval_every": 64 * num_envs * 20,
+        "seed": 3,
+    }
     run_script(SCRIPT, *flags(**arguments, run_dir="whole"), cwd=tmp_path)
     checkpoint, kills = tmp_path / "killed" / "checkpoint.pt", 0
     words = flags(**arguments, run_dir="killed")
@@ -161,7 +205,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, env_id, num_envs,
 
 
 def test_killed_while_writing_a_checkpoint(tmp_path):
-    """The process dies with half a checkpoint written; the one before it is whole, and training goes on from it."""
+    """The process dies with half a checkpoint written; the one before it is whole."""
     arguments = flags(env_id="Pendulum-v1", total_timesteps=64 * 12, checkpoint_every=64, **SHORT)
     run_script(SCRIPT, *arguments, "--run-dir", "whole", cwd=tmp_path)
     saboteur = tmp_path / "saboteur.py"
@@ -198,8 +242,14 @@ runpy.run_path({str(ROOT / SCRIPT)!r}, run_name="__main__")
 def test_saving_does_not_change_training():
     agents = []
     for every in (0, 64):
-        args = ppo.Args(env_id="Hopper-v5", total_timesteps=640, checkpoint_every=every, eval_every=every * 2,
-                        run_dir=f"r{every}", **SHORT)  # fmt: skip
+        args = ppo.Args(
+            env_id="Hopper-v5",
+            total_timesteps=640,
+            checkpoint_every=every,
+            eval_every=every * 2,
+            run_dir=f"r{every}",
+            **SHORT,
+        )
         agents.append(ppo.load_agent(ppo.train(args)).state_dict())
     assert_same(dict(agents[0]), dict(agents[1]))
 
@@ -217,8 +267,14 @@ def test_same_seed_same_weights_and_another_seed_others():
 def test_asynchronous_environments_train_the_same():
     weights = []
     for vectorization in ("sync", "async"):
-        args = ppo.Args(env_id="Pendulum-v1", num_envs=2, vectorization=vectorization, total_timesteps=1280,
-                        run_dir=vectorization, **SHORT)  # fmt: skip
+        args = ppo.Args(
+            env_id="Pendulum-v1",
+            num_envs=2,
+            vectorization=vectorization,
+            total_timesteps=1280,
+            run_dir=vectorization,
+            **SHORT,
+        )
         weights.append(dict(ppo.load_agent(ppo.train(args)).state_dict()))
     assert_same(*weights)
 
@@ -247,8 +303,13 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, number):
     arguments = flags(
         env_id="Pendulum-v1", total_timesteps=10**9, anneal_lr=False, run_dir="r", **SHORT
     )
-    process = subprocess.Popen(command(ROOT / SCRIPT, *arguments), cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command(ROOT / SCRIPT, *arguments),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if "steps/s" in line:
             break
@@ -299,12 +360,17 @@ def test_nan_loss_stops_the_run():
 
 
 def test_a_users_environment_trains_and_is_loaded_in_three_lines(tmp_path):
-    """Registered in a user's own module beside where they stand: float64, two axes, unequal bounds."""
+    """In a user's own module, where they stand: float64, two axes, unequal bounds."""
     (tmp_path / "my_module.py").write_text((ROOT / "tests" / "toy_envs.py").read_text())
     done = subprocess.run(
-        command(ROOT / SCRIPT, *flags(env_id="my_module:Shaped-v0", total_timesteps=640, run_dir="r", **SHORT)),
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        command(
+            ROOT / SCRIPT,
+            *flags(env_id="my_module:Shaped-v0", total_timesteps=640, run_dir="r", **SHORT),
+        ),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     agent = ppo.load_agent(tmp_path / "r")
     action = agent.act(np.ones((2, 3)))
@@ -316,11 +382,28 @@ def test_a_users_environment_trains_and_is_loaded_in_three_lines(tmp_path):
     )
 
 
-@pytest.mark.parametrize("options", [
-    dict(squash=True, ent_coef=1e-4, lr_schedule="cosine", vf_loss="huber", recompute_advantages=True,
-         hidden_sizes=(32, 32, 32), minibatch_size=50),
-    dict(target_kl=1e-9, norm_obs=False, norm_reward=False, norm_adv=False, clip_vloss=False, anneal_lr=False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "squash": True,
+            "ent_coef": 1e-4,
+            "lr_schedule": "cosine",
+            "vf_loss": "huber",
+            "recompute_advantages": True,
+            "hidden_sizes": (32, 32, 32),
+            "minibatch_size": 50,
+        },
+        {
+            "target_kl": 1e-9,
+            "norm_obs": False,
+            "norm_reward": False,
+            "norm_adv": False,
+            "clip_vloss": False,
+            "anneal_lr": False,
+        },
+    ],
+)
 def test_every_option_trains(monkeypatch, options):
     seen = record_updates(monkeypatch)
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=640, run_dir="r", **SHORT | options)
@@ -368,10 +451,20 @@ def test_the_run_folder_holds_what_it_should(tmp_path):
     assert "--num-envs 2" in config["command"] and config["script"] == "ppo_continuous"
     tags = scalars(folder)
     assert set(tags) == {
-        "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "losses/loss", "losses/value_loss",
-        "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
-        "losses/explained_variance", "eval/episodic_return", "eval/episodic_length",
-    }  # fmt: skip
+        "charts/episodic_return",
+        "charts/episodic_length",
+        "charts/learning_rate",
+        "losses/loss",
+        "losses/value_loss",
+        "losses/policy_loss",
+        "losses/entropy",
+        "losses/old_approx_kl",
+        "losses/approx_kl",
+        "losses/clipfrac",
+        "losses/explained_variance",
+        "eval/episodic_return",
+        "eval/episodic_length",
+    }
     assert [step for step, _ in tags["charts/episodic_return"]] == [
         400,
         400,

@@ -30,7 +30,7 @@ class Counter(gym.Env):
 
 
 class Shaped(gym.Env):
-    """Float64 observations of two axes and actions of two axes with unequal bounds; finds them violated."""
+    """Float64 observations and actions of two axes; asserts its unequal bounds."""
 
     def __init__(self):
         self.observation_space = Box(-np.inf, np.inf, (2, 3), np.float64)
