@@ -51,8 +51,10 @@ def make_eval_env(args, run_dir: Path) -> gym.Env:
         return make_env(args.env_id, render_mode="human")
     if not args.capture_video:
         return make_env(args.env_id)
-    env = make_env(args.env_id, render_mode="rgb_array")
-    return gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda i: i == 0)
+    env, videos = make_env(args.env_id, render_mode="rgb_array"), run_dir / "videos"
+    name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
+    first = {"episode_trigger": lambda i: i == 0}
+    return gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
 
 
 def check_spaces(args, action_type: type, hint: str) -> tuple[gym.spaces.Box, gym.Space]:

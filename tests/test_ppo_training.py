@@ -484,3 +484,13 @@ def test_logged_returns_are_those_of_the_episodes():
     )  # one environment: every step belongs to one episode
     returns = [value for _, value in scalars(runs.Path("r"))["charts/episodic_return"]]
     assert returns == [length - 1 for length in lengths]  # 1 a step, 0 for the step that fails (v5)
+
+
+def test_every_evaluation_is_filmed(tmp_path):
+    """The first episode of each, under a name of its own; classic control renders without a display."""
+    pytest.importorskip("moviepy")
+    pytest.importorskip("pygame")
+    arguments = flags(env_id="Pendulum-v1", total_timesteps=256, eval_every=128, capture_video=True)
+    run_script(SCRIPT, *arguments, *flags(run_dir="r", **SHORT), cwd=tmp_path)
+    run_script(SCRIPT, "--evaluate", "r", "--capture-video", cwd=tmp_path)
+    assert sum(path.stat().st_size > 1000 for path in (tmp_path / "r/videos").glob("*.mp4")) == 3
