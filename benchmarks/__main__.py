@@ -1,8 +1,10 @@
-"""Command line of the benchmarks: `python -m benchmarks speed --help`."""
+"""Command line of the benchmarks: `python -m benchmarks --help`."""
 
 import tyro
 
+from benchmarks.results import export, table
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"speed": speed})
+    commands = {"speed": speed, "export": export, "table": table}
+    tyro.extras.subcommand_cli_from_dict(commands)
