@@ -25,14 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 
-from common import envs, runs, seeding
-from common.tensors import (
-    FlatAdam,
-    ReturnStatistics,
-    RunningStatistics,
-    flatten_parameters,
-    to_numpy,
-)
+from common import envs, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
@@ -154,8 +147,8 @@ class Agent(nn.Module):
         self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
         self.log_std = nn.Parameter(torch.zeros(action_size))
         self.squash, self.norm_obs = args.squash, args.norm_obs
-        self.obs_statistics = RunningStatistics(obs_shape)
-        self.return_statistics = ReturnStatistics(args.num_envs)
+        self.obs_statistics = tensors.RunningStatistics(obs_shape)
+        self.return_statistics = tensors.ReturnStatistics(args.num_envs)
         self.register_buffer("low", torch.from_numpy(action_space.low).float())
         self.register_buffer("high", torch.from_numpy(action_space.high).float())
 
@@ -262,7 +255,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     return loss, torch.stack(metrics).detach()
 
 
-def make_update(agent: Agent, optimizer: FlatAdam, args: Args) -> Callable:
+def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args) -> Callable:
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
     A function of tensors, so that torch.compile makes one graph of forward pass, gradient, clipping
@@ -289,9 +282,10 @@ def make_update(agent: Agent, optimizer: FlatAdam, args: Args) -> Callable:
 
 def learning_rate(progress: float, args: Args) -> float:
     """Learning rate when a share `progress` of the run is done (detail 4)."""
-    linear, cosine = 1 - progress, (1 + math.cos(math.pi * progress)) / 2
-    factor = linear if args.lr_schedule == "linear" else cosine
-    return args.learning_rate * (factor if args.anneal_lr else 1.0)
+    if not args.anneal_lr:
+        return args.learning_rate
+    cosine = args.lr_schedule == "cosine"
+    return args.learning_rate * ((1 + math.cos(math.pi * progress)) / 2 if cosine else 1 - progress)
 
 
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
@@ -338,8 +332,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     seeding.seed_global(args.seed)
     rng = seeding.torch_generators(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    parameters = flatten_parameters(agent)
-    optimizer = FlatAdam(parameters, eps=1e-5)  # detail 3
+    parameters = tensors.flatten_parameters(agent)
+    optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = runs.compile_function(make_update(agent, optimizer, args), args)
     vector_env = envs.make_vector_env(args.env_id, args.num_envs, args.vectorization)
     next_obs, _ = vector_env.reset(seed=seeding.env_seeds(args.seed, args.num_envs))
@@ -359,7 +353,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         agent.return_statistics.carry[lost] = 0.0
         seeding.set_rng_state(checkpoint["rng"], rng)
     rollout.obs[-1] = torch.as_tensor(next_obs)
-    act = to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
+    act = tensors.to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
 
     def state() -> dict:
         """Everything that decides how training goes on."""
@@ -452,19 +446,14 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     return agent
 
 
-def evaluate(args: Args) -> None:
-    """Play deterministic episodes with a run's last checkpoint, and print how they went."""
-    check_args(args)
-    runs.setup_torch(args, faster="cpu")
-    agent = load_agent(args.evaluate)
-    print(runs.describe(*envs.play(agent.act, args, Path(args.evaluate))))
-
-
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT)
     if args.evaluate:
-        evaluate(args)
+        check_args(args)
+        runs.setup_torch(args, faster="cpu")
+        agent = load_agent(args.evaluate)
+        print(runs.describe(*envs.play(agent.act, args, Path(args.evaluate))))
     else:
         train(args, checkpoint)
 

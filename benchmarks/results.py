@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +69,70 @@ def table(script: str = "ppo_continuous") -> None:
     print("\n".join(rows(script)))
 
 
+def plot(script: str = "ppo_continuous") -> None:
+    """Draw the learning curves of a script's committed results to results/SCRIPT.png.
+
+    Mean over seeds of the return averaged in windows of 2% of the run, its 95% bootstrap interval,
+    the seeds faintly, and CleanRL's published mean as a line.
+
+    Args:
+        script: the script's name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folders = sorted((FOLDER / script).iterdir())
+    _, axes = plt.subplots(1, len(folders), figsize=(3.6 * len(folders), 3.2), squeeze=False)
+    for axis, folder in zip(axes[0], folders, strict=True):
+        curves = [_curve(path) for path in sorted(folder.glob("*.csv"))]
+        steps, returns = curves[0][0], np.stack([curve for _, curve in curves])
+        low, high = np.transpose([interval(column) for column in returns.T])
+        axis.plot(steps, returns.T, color="C0", alpha=0.25, linewidth=0.8)
+        axis.plot(steps, returns.mean(axis=0), color="C0", label=f"mean of {len(curves)} seeds")
+        axis.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
+        if known := published(script).get(folder.name.rsplit("-", 1)[0]):
+            axis.axhline(known[0], color="0.3", linestyle="--", linewidth=1, label="CleanRL (v4)")
+        axis.set(title=folder.name, xlabel="environment steps")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("training return")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    plt.tight_layout()
+    plt.savefig(FOLDER / f"{script}.png", dpi=130, metadata={"Software": None})
+    print(FOLDER / f"{script}.png")
+
+
+def _curve(path: Path, windows: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    with path.open() as file:
+        data = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
+    steps, returns = np.transpose(data)
+    total = json.loads(path.with_suffix(".json").read_text())["args"]["total_timesteps"]
+    grid = np.linspace(0, total, windows + 1)[1:]
+    inside = [(steps > end - total / windows) & (steps <= end) for end in grid]
+    means = np.array([returns[mask].mean() if mask.any() else np.nan for mask in inside])
+    known = ~np.isnan(means)
+    return grid, np.interp(grid, grid[known], means[known])
+
+
+def published(script: str) -> dict[str, tuple[float, float]]:
+    """Return CleanRL's published mean and deviation by environment, without its version."""
+    with PUBLISHED.open() as file:
+        found = [row for row in csv.DictReader(file) if row["script"] == script]
+    return {
+        row["env_id"].rsplit("-", 1)[0]: (float(row["mean"]), float(row["std"]))
+        for row in found
+        if row["source"].startswith("CleanRL")
+    }
+
+
 def rows(script: str) -> list[str]:
     """Return the lines of the table: last 100 training episodes, mean over seeds, 95% interval."""
-    published = defaultdict(lambda: "-")
-    with PUBLISHED.open() as file:
-        for row in csv.DictReader(file):
-            if row["script"] == script and row["source"].startswith("CleanRL"):
-                name = row["env_id"].rsplit("-", 1)[0]
-                published[name] = f"{float(row['mean']):,.0f} ± {float(row['std']):,.0f}"
-    lines = ["| environment | steps | return | 95% interval | each seed | CleanRL |", "|---" * 6 + "|"]
+    lines = [
+        "| environment | steps | return | 95% interval | each seed | CleanRL |",
+        "|---" * 6 + "|",
+    ]
     for folder in sorted((FOLDER / script).iterdir()):
         files = sorted(folder.glob("*.csv"))
         values = [last_returns(path) for path in files]
@@ -87,5 +141,7 @@ def rows(script: str) -> list[str]:
         each = ", ".join(f"{value:,.0f}" for value in values)
         name = folder.name.rsplit("-", 1)[0]
         columns = folder.name, f"{steps:,}", f"{np.mean(values):,.0f}", f"{low:,.0f} to {high:,.0f}"
-        lines.append(f"| {' | '.join([*columns, each, published[name]])} |")
+        known = published(script).get(name)
+        peer = f"{known[0]:,.0f} ± {known[1]:,.0f}" if known else "-"
+        lines.append(f"| {' | '.join([*columns, each, peer])} |")
     return lines

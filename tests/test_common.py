@@ -33,12 +33,20 @@ MUJOCO = [
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
 
 
-@pytest.mark.parametrize("env_id", [*MUJOCO, *CLASSIC, "toy_envs:Shaped-v0", "toy_envs:Pair-v0"])
-def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, tmp_path):
+@pytest.mark.parametrize(
+    "env_id, vectorization",
+    [
+        *((env_id, "sync") for env_id in [*MUJOCO, *CLASSIC]),
+        ("toy_envs:Shaped-v0", "sync"),
+        ("toy_envs:Pair-v0", "sync"),
+        ("Hopper-v5", "async"),
+    ],
+)
+def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, vectorization, tmp_path):
     """Observations, rewards and ends, through resets, in environments made anew."""
 
     def make():
-        vector_env = envs.make_vector_env(env_id, 2, "sync")
+        vector_env = envs.make_vector_env(env_id, 2, vectorization)
         vector_env.reset(seed=env_seeds(1, 2))
         vector_env.action_space.seed(1)
         return vector_env
@@ -60,6 +68,8 @@ def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, tmp_path):
     for action, want in zip(actions[47:], expected):
         for got, value in zip(second.step(action)[:4], want):
             np.testing.assert_array_equal(got, value)
+    first.close()
+    second.close()
 
 
 def test_vector_environments_reset_in_the_step_that_ends_an_episode():
