@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ PUBLISHED = Path(__file__).parent / "published_returns.csv"
 
 
 def export(run_dirs: list[Path]) -> None:
-    """Write results/SCRIPT/ENV/SEED.csv and .json for finished runs.
+    """Write results/EXP_NAME/ENV/SEED.csv and .json for finished runs.
 
     The CSV has a row for every training episode: step at its end, seconds since the first event,
     return and length. The JSON is the run's config.json, with its evaluation.
@@ -24,7 +25,7 @@ def export(run_dirs: list[Path]) -> None:
         reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         config = json.loads((run_dir / "config.json").read_text())
         evaluation = reader.Scalars("eval/episodic_return")[-1]
-        target = FOLDER / config["script"] / config["args"]["env_id"].replace("/", "-")
+        target = FOLDER / config["args"]["exp_name"] / config["args"]["env_id"].replace("/", "-")
         target.mkdir(parents=True, exist_ok=True)
         begin = reader.Scalars("charts/SPS")[0].wall_time
         returns, lengths = (reader.Scalars(f"charts/episodic_{x}") for x in ("return", "length"))
@@ -43,8 +44,15 @@ def export(run_dirs: list[Path]) -> None:
 
 
 def _command(config: dict) -> str:
-    args = config["args"]
-    return f"python {config['script']}.py --env-id {args['env_id']} --seed {args['seed']}"
+    """Return the command line without what only said where and how often to save."""
+    words = iter(shlex.split(config["command"])[2:])
+    kept = []
+    for word in words:
+        if word in ("--run-dir", "--checkpoint-every"):
+            next(words)
+        else:
+            kept.append(word)
+    return shlex.join(["python", f"{config['script']}.py", *kept])
 
 
 def last_returns(path: Path, episodes: int = 100) -> float:

@@ -49,8 +49,8 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
     expected = scalars(tmp_path / "r")["charts/episodic_return"]
     assert [(int(row["step"]), float(row["return"])) for row in rows] == expected
     assert results.last_returns(path) == pytest.approx(np.mean([x for _, x in expected[-100:]]))
-    config = json.loads(path.with_suffix(".json").read_text())
-    assert config["command"] == "python ppo_continuous.py --env-id InvertedPendulum-v5 --seed 7"
+    config = {"script": "ppo_continuous", "command": "python a/x.py --seed 7 --run-dir r --squash"}
+    assert results._command(config) == "python ppo_continuous.py --seed 7 --squash"
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
