@@ -12,20 +12,25 @@ FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 
 
-def export(run_dirs: list[Path]) -> None:
-    """Write results/EXP_NAME/ENV/SEED.csv and .json for finished runs.
+def export(run_dirs: list[Path], name: str = "") -> None:
+    """Write results/NAME/ENV/SEED.csv and .json for finished runs.
 
     The CSV has a row for every training episode: step at its end, seconds since the first event,
     return and length. The JSON is the run's config.json, with its evaluation.
 
     Args:
         run_dirs: run folders.
+        name: folder under results/; by default the run's --exp-name.
     """
     for run_dir in run_dirs:
         reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         config = json.loads((run_dir / "config.json").read_text())
         evaluation = reader.Scalars("eval/episodic_return")[-1]
-        target = FOLDER / config["args"]["exp_name"] / config["args"]["env_id"].replace("/", "-")
+        target = (
+            FOLDER
+            / (name or config["args"]["exp_name"])
+            / config["args"]["env_id"].replace("/", "-")
+        )
         target.mkdir(parents=True, exist_ok=True)
         begin = reader.Scalars("charts/SPS")[0].wall_time
         returns, lengths = (reader.Scalars(f"charts/episodic_{x}") for x in ("return", "length"))
