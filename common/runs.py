@@ -187,7 +187,8 @@ class Run:
             rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(self._config(device), indent=2) + "\n")
-        how = f"{device}, {args.num_threads} thread(s), {'compiled' if args.compile else 'eager'}"
+        auto = " (the faster here)" if args.device == "auto" else ""
+        how = f"{device}{auto}, {args.num_threads} thread(s), {'compiled' if args.compile else 'eager'}"
         print(
             f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}", flush=True
         )
