@@ -188,7 +188,8 @@ class Run:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(self._config(device), indent=2) + "\n")
         auto = " (the faster here)" if args.device == "auto" else ""
-        how = f"{device}{auto}, {args.num_threads} thread(s), {'compiled' if args.compile else 'eager'}"
+        mode = "compiled" if args.compile else "eager"
+        how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
         print(
             f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}", flush=True
         )
