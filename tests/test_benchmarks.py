@@ -16,6 +16,19 @@ def test_the_readmes_table_is_the_one_that_the_results_give():
     assert "\n".join(results.rows("ppo_continuous")) in readme
 
 
+def test_the_readmes_other_figures_are_those_of_the_committed_files():
+    readme = (ROOT / "README.md").read_text()
+    for path in results.FOLDER.glob("tutorial_*/*/*.json"):
+        figure = json.loads(path.read_text())["evaluation"]["return"]
+        assert f"{figure:,.0f}" in readme
+    for path in results.FOLDER.glob("speed_*.json"):
+        content = json.loads(path.read_text())
+        ratios = content["ratios"]
+        rates = [np.median(x["steps_per_second"]) for x in content.values() if isinstance(x, dict)]
+        spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        assert f"{rates[0]:,.0f} | {rates[1]:,.0f} | {spread}" in readme
+
+
 def test_committed_results_say_how_they_were_made():
     for path in (ROOT / "benchmarks" / "results").glob("*/*/*.csv"):
         config = json.loads(path.with_suffix(".json").read_text())

@@ -1,6 +1,5 @@
 """Environments, seeding and checkpoints."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -195,7 +194,3 @@ def test_due_is_a_pure_function_of_the_step():
         False,
     ]
     assert not runs.due(0, 0, 10**9)
-
-
-def test_eval_environments_are_plain_ones():
-    assert isinstance(envs.make_env("Pendulum-v1"), gym.Env)
