@@ -1,19 +1,18 @@
-"""Proximal Policy Optimization for continuous actions, in one file.
+"""Proximal Policy Optimization (PPO), in one file.
 
 Collect a rollout with the current policy; estimate how much better than expected each action was
 (GAE); take many small gradient steps that make good actions likelier, but gain nothing more once
-the probability of an action has moved by a fifth (the clipped objective). Schulman et al. 2017,
-arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
+the probability of an action has moved by a fifth. Schulman et al. 2017, arXiv:1707.06347; details
+as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
     python ppo_continuous.py
     python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
 
-What to look at: charts/episodic_return rises; losses/approx_kl stays below 0.02 and losses/clipfrac
-between 0.05 and 0.3; losses/explained_variance nears 1; losses/entropy falls slowly.
+What to look at: charts/episodic_return rises, losses/approx_kl stays below 0.02, losses/clipfrac
+between 0.05 and 0.3, losses/explained_variance nears 1.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,13 +28,11 @@ from common import envs, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
-# integrals over a standard normal, by Gauss-Hermite quadrature
-NODES, WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(32))
 
 
 @dataclass
 class Args:
-    """Train, resume or evaluate PPO with continuous actions."""
+    """Train, resume or evaluate PPO."""
 
     exp_name: str = SCRIPT
     """name of the experiment, part of the run folder's name"""
@@ -102,6 +99,8 @@ class Args:
     """normalise observations with running statistics"""
     norm_reward: bool = True
     """scale rewards by the standard deviation of the running discounted return"""
+    clip_reward: bool = False
+    """learn from the signs of rewards; what is logged is unclipped"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     recompute_advantages: bool = False
@@ -128,73 +127,66 @@ class Args:
 
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:
     """Tanh network; orthogonal weights, `gain` in the last layer, and zero biases (detail 2)."""
-    layers = []
-    for i in range(len(sizes) - 1):
-        linear = nn.Linear(sizes[i], sizes[i + 1])
-        nn.init.orthogonal_(linear.weight, math.sqrt(2) if i < len(sizes) - 2 else gain)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    hidden = [module for layer in layers[:-1] for module in (layer, nn.Tanh())]
+    return nn.Sequential(*hidden, layers[-1])
 
 
 class Agent(nn.Module):
-    """Gaussian policy with a state-independent log-std, value network, and statistics."""
+    """Policy and value network of raw observations, with the statistics that normalise these."""
 
-    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
+    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
-        obs_size, action_size = math.prod(obs_shape), math.prod(action_space.shape)
+        obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
         self.actor = mlp([obs_size, *args.hidden_sizes, action_size], gain=0.01)
         self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
-        self.log_std = nn.Parameter(torch.zeros(action_size))
-        self.squash, self.norm_obs = args.squash, args.norm_obs
+        self.log_std = nn.Parameter(torch.zeros(action_size))  # does not depend on the state
+        self.args = args
         self.obs_statistics = tensors.RunningStatistics(obs_shape)
         self.return_statistics = tensors.ReturnStatistics(args.num_envs)
         self.register_buffer("low", torch.from_numpy(action_space.low).float())
         self.register_buffer("high", torch.from_numpy(action_space.high).float())
 
-    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+    def encode(self, obs: torch.Tensor) -> torch.Tensor:
         """Normalise observations [B, *obs_shape], clip them at 10 deviations, flatten them."""
-        if self.norm_obs:
+        if self.args.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        """Values [B] of normalised observations [B, O]."""
-        return self.critic(x).squeeze(-1)
-
-    def forward(self, x: torch.Tensor) -> tuple:
-        """Policy (mean [B, A], log-std [A]) and values [B] of normalised observations [B, O]."""
-        return (self.actor(x), self.log_std), self.value(x)
+    def forward(self, obs: torch.Tensor) -> tuple:
+        """Policy, as log_prob_and_entropy takes it, and values [B] of raw observations."""
+        x = self.encode(obs)
+        return (self.actor(x), self.log_std, self.args.squash), self.critic(x).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions [B, A] for raw observations and N(0, 1) noise; the same for the environment."""
-        action = torch.addcmul(self.actor(self.normalize(obs)), self.log_std.exp(), noise)
-        return action, self.env_action(action)
-
-    def env_action(self, action: torch.Tensor) -> torch.Tensor:
-        """Bring actions [B, A] into the environment's shape and bounds."""
-        action = action.view(-1, *self.low.shape)
-        if self.squash:
-            return self.low + (self.high - self.low) * (action.tanh() + 1) / 2
-        return action.clamp(self.low, self.high)
+        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        action = torch.addcmul(self.actor(self.encode(obs)), self.log_std.exp(), noise)
+        env_action = action.view(-1, *self.low.shape)
+        if self.args.squash:
+            return action, self.low + (self.high - self.low) * (env_action.tanh() + 1) / 2
+        return action, env_action.clamp(self.low, self.high)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
-        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.low.device)
-        return self.env_action(self.actor(self.normalize(obs[None])))[0].cpu().numpy()
+        bias = self.critic[-1].bias
+        obs = torch.as_tensor(np.asarray(obs), dtype=bias.dtype, device=bias.device)
+        return self.sample(obs[None], noise=torch.zeros_like(bias))[1][0].cpu().numpy()
 
 
 class Rollout:
-    """T steps of N environments: raw observations, unclipped actions, unscaled rewards."""
+    """T steps of N environments: raw observations, actions as sampled, unscaled rewards."""
 
-    def __init__(self, num_steps: int, num_envs: int, obs_shape, action_shape, device):
-        self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape, device=device)
-        self.actions = torch.zeros(num_steps, num_envs, *action_shape, device=device)
-        self.rewards = np.zeros((num_steps, num_envs))
-        self.terminations = np.zeros((num_steps, num_envs), dtype=bool)
-        self.truncations = np.zeros((num_steps, num_envs), dtype=bool)
-        self.final_obs = {}  # (t, n) of a truncation -> the real last observation
+    def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
+        shape = args.num_steps, args.num_envs
+        self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
+        self.noise = torch.zeros(*shape, gym.spaces.flatdim(action_space), device=device)
+        self.rewards = np.zeros(shape)
+        self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.actions, self.final_obs = [], {}  # (t, n) of a truncation -> real last observation
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
@@ -202,20 +194,16 @@ def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
-def gaussian_log_prob(mean, log_std, u, squash: bool) -> torch.Tensor:
-    """Log-density [B] of samples u [B, A]; with `squash` that of tanh(u), within (-1, 1)."""
-    log_prob = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (log_prob - tanh_log_det(u) if squash else log_prob).sum(-1)
-
-
-def gaussian_entropy(mean, log_std, squash: bool) -> torch.Tensor:
-    """Entropy [B] of the policy; squashed, it has no closed form: Gauss-Hermite quadrature."""
+def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability (density) of stored actions, and entropy, under a policy; each [B]."""
+    mean, log_std, squash = policy
+    log_prob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
-    if squash:
-        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(NODES)
-        correction = tanh_log_det(u) @ mean.new_tensor(WEIGHTS) / math.sqrt(2 * math.pi)
-        entropy = entropy + correction
-    return entropy.sum(-1)
+    if squash:  # densities of tanh(action); entropy by Gauss-Hermite quadrature
+        u = mean[..., None] + log_std.exp()[:, None] * mean.new_tensor(tensors.NODES)
+        entropy = entropy + tanh_log_det(u) @ mean.new_tensor(tensors.WEIGHTS)
+        log_prob = log_prob - tanh_log_det(action)
+    return log_prob.sum(-1), entropy.sum(-1)
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
@@ -255,23 +243,19 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     return loss, torch.stack(metrics).detach()
 
 
-def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args) -> Callable:
+def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    A function of tensors, so that torch.compile makes one graph of forward pass, gradient, clipping
-    and Adam. The network is `agent`, called with pieces of the vector `parameters` as weights.
+    One graph, once compiled, of forward pass, gradient, clipping and Adam; the network is `agent`,
+    called with pieces of the vector `parameters` as its weights.
     """
-    shapes = {name: parameter.shape for name, parameter in agent.named_parameters()}
 
     def loss(parameters, obs, actions, *rest):
-        chunks = parameters.split([shape.numel() for shape in shapes.values()])
-        weights = {name: x.view(shape) for (name, shape), x in zip(shapes.items(), chunks)}
-        policy, value = functional_call(agent, weights, obs)
-        log_prob = gaussian_log_prob(*policy, actions, args.squash)
-        return ppo_loss(log_prob, gaussian_entropy(*policy, args.squash), value, *rest, args)
+        policy, value = functional_call(agent, tensors.unflatten(parameters, agent), obs)
+        return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
     def update(parameters, batch, indices, lr):
-        minibatch = [x[indices] for x in batch]
+        minibatch = (x[indices] for x in batch)
         gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(parameters, *minibatch)
         gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)  # detail 11
         optimizer.step(parameters, gradient, lr)
@@ -280,123 +264,86 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args) -> Callab
     return update
 
 
-def learning_rate(progress: float, args: Args) -> float:
+def learning_rate(progress: float, args: Args) -> torch.Tensor:
     """Learning rate when a share `progress` of the run is done (detail 4)."""
-    if not args.anneal_lr:
-        return args.learning_rate
-    cosine = args.lr_schedule == "cosine"
-    return args.learning_rate * ((1 + math.cos(math.pi * progress)) / 2 if cosine else 1 - progress)
+    left = (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1 - progress
+    return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
 
 
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
     """Advantages, values and value targets of a rollout, each [T * N]."""
-    values = agent.value(agent.normalize(rollout.obs.flatten(0, 1)))
-    values = values.view(rollout.obs.shape[:2]).cpu().numpy()
+    values = agent(rollout.obs.flatten(0, 1))[1].view(rollout.obs.shape[:2]).cpu().numpy()
     values, next_values = values[:-1], values[1:].copy()
     if rollout.final_obs:  # where an episode was cut: its real last observation
-        final_obs = torch.from_numpy(np.stack(list(rollout.final_obs.values())))
-        final_values = agent.value(agent.normalize(final_obs.to(rollout.obs.device)))
+        final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
-    rewards = rollout.rewards
+    rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
-    ends = rollout.terminations, rollout.truncations
-    advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
+    advantages = compute_gae(rewards, values, next_values, *ends, *decays)
     arrays = np.stack((advantages, values, advantages + values)).astype(np.float32)
     return list(torch.from_numpy(arrays).to(rollout.obs.device).flatten(1))
 
 
-def check_args(args: Args) -> tuple[gym.spaces.Box, gym.spaces.Box]:
+def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
     batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
     if args.minibatch_size is None:
         fits = batch_size % args.num_minibatches == 0
-        runs.require(fits, args, "num_minibatches", f"must divide a rollout's {batch_size} samples")
+        runs.require(fits, args, "num_minibatches", f"divide a rollout's {batch_size} samples")
         args.minibatch_size = batch_size // args.num_minibatches
     fits = least <= args.minibatch_size <= batch_size  # one sample has no standard deviation
-    runs.require(fits, args, "minibatch_size", f"must be from {least} to {batch_size}")
+    runs.require(fits, args, "minibatch_size", f"be from {least} to {batch_size}")
     fits = args.total_timesteps >= batch_size
-    runs.require(fits, args, "total_timesteps", f"must be at least {batch_size}, one rollout")
-    spaces = envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py")
-    if args.squash and not spaces[1].is_bounded():
-        runs.fail(f"--squash: the actions of {args.env_id} have no bounds")
-    return spaces
+    runs.require(fits, args, "total_timesteps", f"be at least {batch_size}, one rollout")
+    return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=args.squash)
 
 
 @torch.no_grad()
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)
-    device = runs.setup_torch(args, faster="cpu")  # small networks, one observation at a time
-    seeding.seed_global(args.seed)
-    rng = seeding.torch_generators(args.seed, ("action", "minibatch"), device)
+    device = runs.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
+    rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = runs.compile_function(make_update(agent, optimizer, args), args)
-    vector_env = envs.make_vector_env(args.env_id, args.num_envs, args.vectorization)
-    next_obs, _ = vector_env.reset(seed=seeding.env_seeds(args.seed, args.num_envs))
-    rollout = Rollout(args.num_steps, args.num_envs, obs_space.shape, agent.log_std.shape, device)
-    episodes = envs.EpisodeStatistics(args.num_envs)
-    batch_size, global_step, best_return = args.num_envs * args.num_steps, 0, -math.inf
+    environments = envs.Environments(args)
+    rollout = Rollout(args, obs_space, action_space, device)
+    batch_size = args.num_envs * args.num_steps
     last_step = args.total_timesteps // batch_size * batch_size
-
-    if checkpoint:
-        global_step, best_return = checkpoint["global_step"], checkpoint["best_return"]
-        if global_step >= last_step:
-            print(f"{args.resume} is finished; to see it: --evaluate {args.resume}")
-            return Path(args.resume)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        lost = envs.load_envs(vector_env, episodes, next_obs, checkpoint["envs"])
-        agent.return_statistics.carry[lost] = 0.0
-        seeding.set_rng_state(checkpoint["rng"], rng)
-    rollout.obs[-1] = torch.as_tensor(next_obs)
-    act = tensors.to_numpy(agent.sample, rollout.obs[0], rollout.actions[0])
-
-    def state() -> dict:
-        """Everything that decides how training goes on."""
-        return {
-            "global_step": global_step,
-            "best_return": best_return,
-            "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "envs": envs.save_envs(vector_env, episodes, next_obs),
-            "rng": seeding.get_rng_state(rng),
-        }
-
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint) as run:
-        if checkpoint is None:
-            run.save(state())
+    parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+        global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
+        agent.return_statistics.carry[environments.lost] = 0.0
+        act = tensors.to_numpy(agent.sample, rollout.obs[0], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; what does not feed the next action waits until it is complete
             start_step, global_step = global_step, global_step + batch_size
-            noise = torch.randn(rollout.actions.shape, generator=rng["action"], device=device)
+            rollout.noise.normal_(generator=rng["action"])
             rollout.obs[0] = rollout.obs[-1]
-            rollout.final_obs.clear()
+            rollout.actions, rollout.final_obs = [], {}
             for t in range(args.num_steps):
-                action, env_action = act(rollout.obs[t], noise[t])
-                next_obs, reward, terminated, truncated, infos = vector_env.step(env_action)
-                rollout.obs[t + 1] = torch.as_tensor(next_obs)
-                rollout.actions[t] = torch.as_tensor(action)
+                action, env_action = act(rollout.obs[t], rollout.noise[t])
+                obs, reward, terminated, truncated, infos = environments.step(env_action)
+                rollout.actions.append(action)
+                rollout.obs[t + 1] = torch.as_tensor(obs)
                 rollout.rewards[t], rollout.terminations[t] = reward, terminated
-                rollout.truncations[t] = truncated & ~terminated
-                if "final_obs" in infos:
-                    for n in np.flatnonzero(rollout.truncations[t]):
-                        rollout.final_obs[t, n] = np.array(infos["final_obs"][n], np.float32)
-            if not (np.isfinite(rollout.rewards).all() and rollout.obs.isfinite().all()):
-                run.abort(f"{args.env_id} gave a NaN or infinite reward or observation")
+                rollout.truncations[t] = truncated
+                for n in np.flatnonzero(truncated):
+                    rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
             ends = rollout.terminations | rollout.truncations
-            for t, episodic_return, length in episodes.update(rollout.rewards, ends):
-                run.episode(episodic_return, length, start_step + (t + 1) * args.num_envs)
+            run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            run.episodes(environments.finished_episodes())
 
             # update, with the very statistics that the rollout was collected with
-            lr = learning_rate(start_step / last_step, args)
-            obs = agent.normalize(rollout.obs[:-1].flatten(0, 1))
-            actions = rollout.actions.flatten(0, 1)
-            old_log_prob = gaussian_log_prob(*agent(obs)[0], actions, args.squash)
-            lr_tensor, metrics = torch.tensor(lr, device=device), []
+            lr, metrics = learning_rate(start_step / last_step, args).to(device), []
+            obs = rollout.obs[:-1].flatten(0, 1)
+            actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
+            old_log_prob, _ = log_prob_and_entropy(agent(obs)[0], actions)
             for epoch in range(args.update_epochs):
                 if epoch == 0 or args.recompute_advantages:
                     advantages, values, targets = estimate(agent, rollout, args)
@@ -404,44 +351,35 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
                 for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
                     indices = order[i : i + args.minibatch_size]
-                    metrics.append(update(parameters, batch, indices, lr_tensor))
+                    metrics.append(update(parameters, batch, indices, lr))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
+            run.require_finite("the loss", parameters)
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
-            if not (math.isfinite(losses["loss"]) and parameters.isfinite().all()):
-                run.abort("the loss became NaN or infinite")
-            scalars = {f"losses/{name}": x for name, x in losses.items()}
-            run.scalars(scalars | {"charts/learning_rate": lr}, global_step)
+            run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 
             # only now do the statistics take the rollout in
             if args.norm_obs:
-                agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
+                agent.obs_statistics.update(obs)
             if args.norm_reward:
                 agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
-
-            last = global_step == last_step
-            if last or runs.due(args.eval_every, start_step, global_step):
-                mean = run.evaluation(*envs.play(agent.act, args, run.dir), global_step)
-                if mean > best_return:
-                    best_return = mean
-                    run.save({"global_step": global_step, "agent": agent.state_dict()}, "best.pt")
+            if run.due(args.eval_every, global_step):
+                run.evaluate(agent, global_step)
+            if run.signal or run.due(args.checkpoint_every, global_step):
+                run.save(global_step)
             run.progress(global_step)
-            if last or run.signal or runs.due(args.checkpoint_every, start_step, global_step):
-                run.save(state())
-            if not last:
-                run.leave_if_asked()
-    vector_env.close()
-    print(f"done: {run.dir}")
+    environments.close()
     return run.dir
 
 
 def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
     checkpoint = runs.load_run(run_dir, SCRIPT, name)
-    weights = checkpoint["agent"]
+    args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Box(weights["low"].numpy(), weights["high"].numpy())
-    agent = Agent(weights["obs_statistics.mean"].shape, action_space, Args(**checkpoint["args"]))
+    agent = Agent(weights["obs_statistics.mean"].shape, action_space, args)
+    tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
     agent.load_state_dict(weights)
     return agent
 
@@ -451,9 +389,7 @@ def main() -> None:
     args, checkpoint = runs.parse_args(Args, SCRIPT)
     if args.evaluate:
         check_args(args)
-        runs.setup_torch(args, faster="cpu")
-        agent = load_agent(args.evaluate)
-        print(runs.describe(*envs.play(agent.act, args, Path(args.evaluate))))
+        runs.evaluate(load_agent(args.evaluate), args)
     else:
         train(args, checkpoint)
 

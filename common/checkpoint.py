@@ -3,80 +3,43 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
-FORMAT, VERSION = "single-file-rl checkpoint", 1
+from common import fail
 
-
-class CheckpointError(Exception):
-    """The file cannot be read as a checkpoint; the message says why in one line."""
-
-
-def to_plain(value):
-    """Turn `value` into tensors and plain Python, which is all that `weights_only=True` lets in.
-
-    NumPy's arrays, scalars and generators become marked tuples; from_plain restores their types.
-    Raises TypeError for anything else: reading it would need its class, that is, somebody's code.
-    """
-    if isinstance(value, np.ndarray):
-        return "ndarray", torch.from_numpy(value.copy())
-    if isinstance(value, np.generic):
-        return "scalar", torch.from_numpy(np.array(value))
-    if isinstance(value, np.random.Generator):
-        return "generator", to_plain(value.bit_generator.state)
-    if type(value) in (tuple, list):
-        return type(value).__name__, [to_plain(item) for item in value]
-    if type(value) is dict or type(value).__name__ == "OrderedDict":
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor) or type(value) in (type(None), bool, int, float, str, bytes):
-        return value
-    raise TypeError(f"a {type(value).__name__} cannot be stored in a checkpoint")
-
-
-def from_plain(value):
-    """Undo to_plain."""
-    if isinstance(value, dict):
-        return {key: from_plain(item) for key, item in value.items()}
-    if not isinstance(value, tuple):
-        return value
-    kind, content = value
-    if kind in ("tuple", "list"):
-        items = [from_plain(item) for item in content]
-        return items if kind == "list" else tuple(items)
-    if kind == "generator":
-        state = from_plain(content)
-        generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
-        generator.bit_generator.state = state
-        return generator
-    return content.cpu().numpy() if kind == "ndarray" else content.cpu().numpy()[()]
+FORMAT, VERSION = "single-file-rl checkpoint", 2
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically: whenever the process dies, the old file is there or the new one."""
+    """Write tensors and plain Python, atomically: at any time the old file is there or the new."""
     temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, "state": to_plain(state)}, file)
+        torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, to the CPU. Raises CheckpointError."""
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
+    """Read what save_checkpoint wrote, to the CPU, or end with one line that says why not."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a dozen types: cut short, not a zip file, a class that is refused, ...
+    except Exception as error:  # a dozen types: cut short, not a zip file, a refused class, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        fail(f"{path} is empty, damaged or not a checkpoint ({reason})")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of these scripts")
+        fail(f"{path} is a PyTorch file, but not a checkpoint of these scripts")
     if content["version"] != VERSION:
-        raise CheckpointError(
-            f"{path} has version {content['version']}; this code reads version {VERSION}"
-        )
-    return from_plain(content["state"])
+        fail(f"{path} has version {content['version']}; this code reads version {VERSION}")
+    return content["state"]
+
+
+def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
+    """Load a checkpoint of `script` from a run folder, or end with one line that says why not."""
+    path = Path(run_dir) / name
+    if not path.is_file():
+        fail(f"{run_dir} is not a run folder: it has no {name}")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["script"] != script:
+        fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")
+    return checkpoint

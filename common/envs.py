@@ -1,4 +1,4 @@
-"""Environments: making them, checking their spaces, counting their episodes, saving their state."""
+"""Environments: making them, checking their spaces, finding them again when a run is resumed."""
 
 import os
 import signal
@@ -7,71 +7,153 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from common.checkpoint import from_plain, to_plain
-from common.runs import fail
+from common import atari, fail
 from common.seeding import stream_seed
 
-CONSTANTS = (gym.Space, EnvSpec, FunctionType, MethodType, BuiltinFunctionType, ModuleType, type)
 
-
-def make_env(env_id: str, **kwargs) -> gym.Env:
+def make_env(args, render_mode: str | None = None) -> gym.Env:
     """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return gym.make(env_id, disable_env_checker=True, **kwargs)
+    if game := atari.find_game(args.env_id):
+        return atari.AtariGame(game, args.sticky_actions, render_mode)
+    return gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
 
 
-def _make_training_env(env_id: str, vectorization: str) -> gym.Env:
-    if vectorization == "async":  # Ctrl-C reaches workers too, but stopping is for the main process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Snapshot(make_env(env_id))
+class Replayable(gym.Wrapper):
+    """Seeds every episode from (seed, index, episode), and remembers the actions of the last one.
 
-
-def make_vector_env(env_id: str, num_envs: int, vectorization: str) -> VectorEnv:
-    """Make environments that step together and reset in the step that ends an episode (SAME_STEP).
-
-    The real last observation is then in infos["final_obs"]. NEXT_STEP, Gymnasium's default, puts a
-    false transition between episodes. The next step overwrites the observations: copy them.
+    Repeating them leads back to the same state in any environment whose episodes depend on their
+    seed and their actions alone, without knowing what it is made of.
     """
-    vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[vectorization]
-    make = partial(_make_training_env, env_id, vectorization)
-    return vector_class([make] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def __init__(self, args, index: int):
+        super().__init__(make_env(args))
+        self.stream, self.episode, self.actions = (args.seed, "env", index), -1, []
+
+    def reset(self, *, seed=None, options=None) -> tuple:
+        """Begin the next episode."""
+        self.episode, self.actions = self.episode + 1, []
+        return self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
+
+    def step(self, action) -> tuple:
+        """Step, and remember it."""
+        self.actions.append(np.copy(action))
+        return self.env.step(action)
+
+    @property
+    def history(self) -> tuple[int, torch.Tensor]:
+        """Number of the running episode and its actions so far; when set, they are repeated."""
+        return self.episode, torch.from_numpy(np.array(self.actions))
+
+    @history.setter
+    def history(self, history: tuple[int, torch.Tensor]) -> None:
+        self.episode, over = history[0] - 1, False
+        self.obs, _ = self.reset()
+        for action in history[1].numpy():
+            if not over:
+                self.obs, _, terminated, truncated, _ = self.step(action)
+                over = terminated or truncated
+        self.obs = None if over else self.obs
 
 
-def make_eval_env(args, run_dir: Path) -> gym.Env:
-    """Make the environment of an evaluation, in a window (--render) or filmed (--capture-video)."""
-    if args.render:
-        return make_env(args.env_id, render_mode="human")
-    if not args.capture_video:
-        return make_env(args.env_id)
-    env, videos = make_env(args.env_id, render_mode="rgb_array"), run_dir / "videos"
-    name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
-    first = {"episode_trigger": lambda i: i == 0}
-    return gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
+def _make_training_env(args, index: int) -> gym.Env:
+    if args.vectorization == "async":  # Ctrl-C is for the main process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Replayable(args, index)
 
 
-def check_spaces(args, action_type: type, hint: str) -> tuple[gym.spaces.Box, gym.Space]:
+class Environments:
+    """Environments [N] that step together, and the return and length of their episodes.
+
+    They reset in the step that ends an episode (SAME_STEP); the real last observation is then in
+    infos["final_obs"]. NEXT_STEP, Gymnasium's default, puts a false transition between episodes.
+    """
+
+    def __init__(self, args):
+        vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
+        if game := atari.find_game(args.env_id):
+            self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
+        else:
+            makers = [partial(_make_training_env, args, i) for i in range(args.num_envs)]
+            mode = AutoresetMode.SAME_STEP
+            self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
+        self.obs, _ = self.vector_env.reset()
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+        self.steps, self.new, self.lost = 0, [], np.zeros(args.num_envs, bool)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """Step all; return obs, rewards, terminated, truncated, each [N, ...], and infos.
+
+        An end that is both counts as terminated. The next step overwrites `obs`: copy it.
+        """
+        self.obs, rewards, terminated, truncated, infos = self.vector_env.step(actions)
+        self.new.append((rewards, infos["over"] if "over" in infos else terminated | truncated))
+        return self.obs, rewards, terminated, truncated & ~terminated, infos
+
+    def finished_episodes(self) -> list[tuple[float, int, int]]:
+        """Undiscounted return, length and last environment step of what ended since the last call,
+        terminated or truncated.
+        """
+        finished = []
+        for rewards, over in self.new:
+            self.returns += rewards
+            self.lengths += 1
+            self.steps += len(over)
+            for i in np.flatnonzero(over):
+                finished.append((float(self.returns[i]), int(self.lengths[i]), self.steps))
+                self.returns[i], self.lengths[i] = 0.0, 0
+        self.new.clear()
+        return finished
+
+    def state_dict(self) -> dict:
+        """Return how to find the environments again, and the observations they wait with."""
+        arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
+        state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        return state | {"histories": list(self.vector_env.get_attr("history")), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
+        histories, self.steps = state["histories"], state["steps"]
+        self.vector_env.set_attr("history", histories)
+        found = zip(self.vector_env.get_attr("obs"), state["obs"].numpy(), strict=True)
+        same = [x is not None and np.array_equal(x, y, equal_nan=True) for x, y in found]
+        self.lost = ~np.array(same)
+        if self.lost.any():
+            print("the environment does not repeat itself from its seed and actions: new episodes")
+            anew = [(episode + 1, actions[:0]) for episode, actions in histories]
+            histories = [b if x else a for a, b, x in zip(histories, anew, self.lost)]
+            self.vector_env.set_attr("history", histories)
+        self.obs = np.stack(self.vector_env.get_attr("obs"))
+        self.returns[:] = np.where(self.lost, 0, state["returns"])
+        self.lengths[:] = np.where(self.lost, 0, state["lengths"])
+
+    def close(self) -> None:
+        """Close them."""
+        self.vector_env.close()
+
+
+def check_spaces(args, action_type: type, hint: str, bounded: bool = False) -> tuple:
     """Return the observation and action space, or end with one line if they do not fit."""
     if args.capture_video:
         prepare_video()
     try:
-        env = make_env(args.env_id)
+        env = make_env(args)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     if not isinstance(action_space, action_type):
-        kind = {"Box": "continuous"}.get(
-            type(action_space).__name__, type(action_space).__name__.lower()
-        )
+        kind = type(action_space).__name__.lower().replace("box", "continuous")
         fail(f"{args.env_id} has {kind} actions; {hint}")
+    if bounded and not action_space.is_bounded():
+        fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
@@ -87,137 +169,21 @@ def prepare_video() -> None:
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ:
         return
     for renderer in ("egl", "osmesa"):  # in a process of its own, as a failing one can take it down
-        probe = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+        probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
         environment = os.environ | {"MUJOCO_GL": renderer}
-        if (
-            subprocess.run(
-                [sys.executable, "-c", probe], env=environment, capture_output=True
-            ).returncode
-            == 0
-        ):
+        if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = renderer
             return
     fail("--capture-video needs a display, a GPU, or a renderer: apt install libosmesa6")
 
 
-class Snapshot(gym.Wrapper):
-    """Gives an environment the attribute `snapshot`: all that decides its future, or None.
-
-    It exists for MuJoCo, for environments with the pair `get_state()` and `set_state(state)`, and
-    for those whose attributes are plain data (numbers, arrays, generators), as in classic control.
-    """
-
-    @property
-    def snapshot(self) -> list[dict] | None:
-        """State of every wrapper and of the environment itself, from the outside in."""
-        try:
-            return [_save_layer(layer) for layer in _layers(self.env)]
-        except TypeError:
-            return None
-
-    @snapshot.setter
-    def snapshot(self, states: list[dict] | None) -> None:
-        for layer, state in zip(_layers(self.env), states or []):  # None leaves it as it is
-            _load_layer(layer, state)
-
-
-def _layers(env: gym.Env) -> list[gym.Env]:
-    return [env, *_layers(env.env)] if isinstance(env, gym.Wrapper) else [env]
-
-
-def _save_layer(env: gym.Env) -> dict:
-    attributes, state = dict(vars(env)), {}
-    if isinstance(env, gym.Wrapper):
-        del attributes["env"]
-    elif hasattr(env, "mujoco_renderer"):  # has a set_state too, but a different one
-        attributes = {
-            k: v for k, v in attributes.items() if k not in ("model", "data", "mujoco_renderer")
-        }
-        state["mujoco"] = _save_mujoco(env)
-    elif hasattr(env, "get_state") and hasattr(env, "set_state"):
-        attributes = {"_np_random": env.np_random}
-        state["user"] = to_plain(env.get_state())
-    plain = {k: to_plain(v) for k, v in attributes.items() if not isinstance(v, CONSTANTS)}
-    return state | {"attributes": plain}
-
-
-def _load_layer(env: gym.Env, state: dict) -> None:
-    vars(env).update(from_plain(state["attributes"]))
-    if "mujoco" in state:
-        _load_mujoco(env, from_plain(state["mujoco"]))
-    if "user" in state:
-        env.set_state(from_plain(state["user"]))
-
-
-def _save_mujoco(env: gym.Env) -> dict:
-    import mujoco
-
-    physics = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    mujoco.mj_getState(env.model, env.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-    # observations and rewards read arrays that lag behind the physics: recomputing is not enough
-    arrays = {name: getattr(env.data, name) for name in dir(env.data) if name[0] != "_"}
-    return to_plain(
-        {"physics": physics} | {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
-    )
-
-
-def _load_mujoco(env: gym.Env, state: dict) -> None:
-    import mujoco
-
-    integration = mujoco.mjtState.mjSTATE_INTEGRATION
-    mujoco.mj_setState(env.model, env.data, state.pop("physics"), integration)
-    mujoco.mj_forward(env.model, env.data)
-    for name, array in state.items():
-        if (
-            getattr(env.data, name).shape == array.shape
-        ):  # but for those as long as the list of contacts
-            getattr(env.data, name)[...] = array
-
-
-class EpisodeStatistics:
-    """Undiscounted return and length of every episode that ends, terminated or truncated."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-
-    def update(self, rewards: np.ndarray, ends: np.ndarray) -> list[tuple[int, float, int]]:
-        """Take rewards and ends [T, N]; return (t, return, length) of the episodes that ended."""
-        finished = []
-        for t in range(len(rewards)):
-            self.returns += rewards[t]
-            self.lengths += 1
-            for i in np.flatnonzero(ends[t]):
-                finished.append((t, float(self.returns[i]), int(self.lengths[i])))
-                self.returns[i], self.lengths[i] = 0.0, 0
-        return finished
-
-
-def save_envs(vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs: np.ndarray) -> dict:
-    """Return the state of environments and episodes, and the observations they wait with."""
-    state = {"snapshots": list(vector_env.get_attr("snapshot")), "next_obs": next_obs}
-    return state | {"returns": episodes.returns, "lengths": episodes.lengths}
-
-
-def load_envs(
-    vector_env: VectorEnv, episodes: EpisodeStatistics, next_obs, state: dict
-) -> np.ndarray:
-    """Put back what save_envs returned, also into `next_obs`; return which episodes were lost."""
-    vector_env.set_attr("snapshot", state["snapshots"])
-    lost = np.array([snapshot is None for snapshot in state["snapshots"]])
-    if lost.any():
-        print("the environment cannot be saved (no get_state and set_state): new episodes begin")
-    for target, saved in (
-        (next_obs, state["next_obs"]),
-        (episodes.returns, state["returns"]),
-        (episodes.lengths, state["lengths"]),
-    ):
-        target[~lost] = saved[~lost]
-    return lost
-
-
 def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
     """Play --eval-episodes episodes, episode i seeded from (seed, i): returns, lengths."""
-    env = make_eval_env(args, run_dir)
+    env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
+    if args.capture_video and not args.render:
+        videos, first = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
+        name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
+        env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     for i in range(args.eval_episodes):
         obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))

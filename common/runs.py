@@ -1,5 +1,6 @@
 """A run: its arguments, its folder, and what a person sees of it."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,30 +22,25 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common import atari, envs, fail
+from common.checkpoint import load_run, save_checkpoint
 
 # what may be given anew; everything else comes from the run
 ANEW = {
     "resume": {"total_timesteps", "checkpoint_every", "eval_every", "eval_episodes", "track"},
     "evaluate": {"eval_episodes", "render", "capture_video"},
 }
-# the range of a number, by its name, which means the same in every script
+# what a number must be, by its name, which means the same in every script
 RANGES = {
-    (
-        1,
-        math.inf,
-    ): "total_timesteps num_envs num_steps num_minibatches minibatch_size update_epochs "
-    "num_threads eval_episodes hidden_sizes",
-    (0, math.inf): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef",
-    (0, 1): "gamma gae_lambda",
-    (1e-12, math.inf): "learning_rate max_grad_norm target_kl",
+    (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches num_threads "
+    "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
+    "policy_frequency target_network_frequency train_frequency",
+    (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
+    "learning_starts alpha",
+    (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
+    "sticky_actions",
+    (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio",
 }
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one line on standard error: code 2 for bad input, 1 for a run gone wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def flag(name: str) -> str:
@@ -56,28 +51,25 @@ def flag(name: str) -> str:
 def require(condition: bool, args, name: str, need: str) -> None:
     """End with one line, as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
     if not condition:
-        fail(f"{flag(name)} {getattr(args, name)}: {need}")
+        fail(f"{flag(name)} {getattr(args, name)}: must {need}")
 
 
 def check_ranges(args) -> None:
     """End with one line if a number is out of its range."""
-    for (low, high), names in RANGES.items():
-        need = (
-            f"from {low} to {high}"
-            if high < math.inf
-            else f"at least {low}"
-            if low != 1e-12
-            else "above 0"
-        )
+    for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
             for x in value if isinstance(value, tuple) else [value] * (value is not None):
-                require(low <= x <= high and x < math.inf, args, name, f"must be {need}")
+                require(low <= x <= high and x < math.inf, args, name, f"be {need}")
 
 
-def parse_args(args_class: type, script: str) -> tuple:
+def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:
     """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
-    args = tyro.cli(args_class)
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # until there is a run
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    game = atari.find_game(parser.parse_known_args()[0].env_id)
+    args = tyro.cli(args_class, default=args_class(**atari_defaults or {}) if game else None)
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     mode = "resume" if args.resume else "evaluate"
@@ -85,41 +77,32 @@ def parse_args(args_class: type, script: str) -> tuple:
         return args, None
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
-    if given - ANEW[mode]:
-        refused, allowed = (
-            " ".join(map(flag, sorted(x))) for x in (given - ANEW[mode], ANEW[mode])
-        )
+    if refused := given - ANEW[mode]:
+        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, ANEW[mode]))
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     checkpoint = load_run(run_dir, script)
     stored = args_class(**checkpoint["args"])
+    if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
+        for schedule in ("anneal_lr", "exploration_fraction"):
+            if getattr(stored, schedule, False):
+                fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
-    if (
-        stored.anneal_lr
-        and anew.get("total_timesteps", stored.total_timesteps) != stored.total_timesteps
-    ):
-        fail(f"--total-timesteps: the learning rate is annealed over {stored.total_timesteps}")
     return dataclasses.replace(stored, **anew), checkpoint
 
 
-def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
-    """Load a checkpoint of `script` from a run folder, or end with one line that says why not."""
-    path = Path(run_dir) / name
-    if not path.is_file():
-        fail(f"{run_dir} is not a run folder: it has no {name}")
-    try:
-        checkpoint = load_checkpoint(path)
-    except CheckpointError as error:
-        fail(str(error))
-    if checkpoint["script"] != script:
-        fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")
-    return checkpoint
-
-
 def setup_torch(args, faster: str) -> torch.device:
-    """Set threads and determinism; return the device, `faster` being what auto takes."""
+    """Set threads, precision and determinism; return the device.
+
+    `faster` is what auto takes: cuda where networks are large. There "medium" precision speeds up
+    products, as long as they stay exact to 1e-4: not with TF32, nor with bfloat16.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     torch.set_num_threads(args.num_threads)
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium" if faster == "cuda" else "highest")
+    if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
+        torch.set_float32_matmul_precision("highest")
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
     if device == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -133,17 +116,10 @@ def compile_function(function: Callable, args) -> Callable:
         try:
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(2))
             return torch.compile(function, fullgraph=True, dynamic=False)
-        except (
-            Exception
-        ) as error:  # types differ between versions; none of them is about `function`
+        except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False
             print(f"running eagerly: no compiler (apt install g++ python3-dev): {error!r:.60}")
     return function
-
-
-def due(every: int, before: int, step: int) -> bool:
-    """Tell whether a multiple of `every` is in (before, step]; never, if it is 0."""
-    return every > 0 and step // every > before // every
 
 
 def describe(returns: list[float], lengths: list[int]) -> str:
@@ -152,20 +128,35 @@ def describe(returns: list[float], lengths: list[int]) -> str:
     return f"evaluation of {len(returns)} episodes: return {spread}, length {np.mean(lengths):,.0f}"
 
 
-class Run:
-    """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C."""
+def evaluate(agent: torch.nn.Module, args) -> None:
+    """Play the episodes of --evaluate, and say how it went."""
+    torch.set_num_threads(args.num_threads)
+    print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
-    def __init__(
-        self, args, script: str, last_step: int, device: torch.device, checkpoint: dict | None
-    ):
+
+class Run:
+    """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
+
+    `parts` are all that decides how training goes on, by name. A checkpoint has the state_dict of
+    each, and they are loaded from `checkpoint`, if there is one.
+    """
+
+    def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
+        history = checkpoint or {"global_step": 0, "returns": [], "best_return": -math.inf}
+        self.step = self.first_step = history["global_step"]
+        self.returns = deque(history["returns"], maxlen=100)
+        self.best_return = history["best_return"]
+        self.signal = 0  # the one that asked to stop
         if checkpoint is None and self.dir.exists():
             fail(f"--run-dir {self.dir}: it exists already; --resume {self.dir} continues it")
-        self.args, self.script, self.last_step = args, script, last_step
-        self.step = self.first_step = checkpoint["global_step"] if checkpoint else 0
-        self.returns = deque(checkpoint["returns"] if checkpoint else [], maxlen=100)
-        self.signal = 0  # the one that asked to stop
+        if self.step >= last_step:
+            print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
+            raise SystemExit(0)
+        for name, part in parts.items() if checkpoint else ():
+            part.load_state_dict(checkpoint[name])
         if args.track:
             try:
                 import wandb
@@ -173,14 +164,9 @@ class Run:
                 fail("--track needs wandb: pip install wandb")
         self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
         if args.track:
-            ids = {
-                "project": args.wandb_project_name,
-                "entity": args.wandb_entity,
-                "id": self.dir.name,
-            }
-            wandb.init(
-                **ids, dir=self.dir, resume="allow", config=vars(args), sync_tensorboard=True
-            )
+            ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            ids |= {"id": self.dir.name, "dir": self.dir, "resume": "allow"}
+            wandb.init(**ids, config=vars(args), sync_tensorboard=True)
         # readers drop what a killed run logged after its checkpoint, as it is logged again
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
         if checkpoint is None:
@@ -190,48 +176,41 @@ class Run:
         auto = " (the faster here)" if args.device == "auto" else ""
         mode = "compiled" if args.compile else "eager"
         how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
-        print(
-            f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}", flush=True
-        )
+        print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
+        if atari.find_game(args.env_id):
+            print(atari.PROTOCOL)
+        sys.stdout.flush()
+        if checkpoint is None:
+            self.save(0)
 
     def _config(self, device: torch.device) -> dict:
-        git = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--abbrev=40",
-            "--dirty",
-        ]
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+        commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
         packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
+        versions = {name: version(name) for name in packages}
+        machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
         return {
             "script": self.script,
             "args": vars(self.args),
             "command": shlex.join(["python", *sys.argv]),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in packages},
-            "machine": {
-                "system": platform.platform(),
-                "cores": os.cpu_count(),
-                "device": str(device),
-            },
+            "commit": commit or None,
+            "versions": {"python": platform.python_version()} | versions,
+            "machine": machine,
             "num_threads": torch.get_num_threads(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
 
     def __enter__(self) -> "Run":
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        silent = not sys.stderr.isatty()
-        form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True, "disable": silent}
-        self.bar = tqdm(
-            total=self.last_step, initial=self.step, desc="compiling" * self.args.compile, **form
-        )
+        form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
+        form |= {"total": self.last_step, "initial": self.step, "disable": not sys.stderr.isatty()}
+        self.bar = tqdm(desc="compiling" * self.args.compile, **form)
         self.start = self.printed = time.perf_counter()
         return self
 
     def __exit__(self, *_) -> None:
+        if self.step == self.last_step:
+            tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()
         for number, handler in self._handlers.items():
@@ -243,64 +222,73 @@ class Run:
         self.signal = number
         tqdm.write("stopping at the next boundary; once more to leave at once", file=sys.stderr)
 
+    def due(self, every: int, step: int) -> bool:
+        """Tell if a multiple of `every` was passed since the last progress, or the run ends."""
+        return step == self.last_step or every > 0 and step // every > self.step // every
+
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Log scalars at an environment step."""
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+        """Log scalars at an environment step; a name without a section belongs to losses/."""
+        for name, value in values.items():
+            self.writer.add_scalar(name if "/" in name else f"losses/{name}", value, step)
 
-    def episode(self, episodic_return: float, length: int, step: int) -> None:
-        """Log one finished training episode."""
-        self.returns.append(episodic_return)
-        self.scalars(
-            {"charts/episodic_return": episodic_return, "charts/episodic_length": length}, step
-        )
+    def episodes(self, finished: list[tuple[float, int, int]]) -> None:
+        """Log finished training episodes: return, length, last step of each."""
+        for episodic_return, length, step in finished:
+            self.returns.append(episodic_return)
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
 
-    def evaluation(self, returns: list[float], lengths: list[int], step: int) -> float:
-        """Log one evaluation and return its mean return."""
+    def evaluate(self, agent: torch.nn.Module, step: int) -> None:
+        """Evaluate, log, and save the agent to best.pt if it never was as good."""
+        returns, lengths = envs.play(agent.act, self.args, self.dir)
         mean = float(np.mean(returns))
         self.scalars({"eval/episodic_return": mean, "eval/episodic_length": np.mean(lengths)}, step)
         if step == self.last_step:
             tqdm.write(describe(returns, lengths))
-        return mean
+        if mean > self.best_return:
+            self.best_return = mean
+            self._write("best.pt", {"global_step": step, "agent": agent.state_dict()})
 
     def progress(self, step: int) -> None:
-        """Log the speed, and show it in a bar, or a line every ten seconds without a terminal."""
+        """Log the speed, and show it in a bar, or a line every ten seconds without a terminal.
+
+        After a signal, leave with 128 + its number, saying how to go on.
+        """
         now = time.perf_counter()
         speed = (step - self.first_step) / (now - self.start)
-        recent = (
-            f"return {np.mean(self.returns):,.1f} (last {len(self.returns)})"
-            if self.returns
-            else ""
-        )
+        known = f"return {np.mean(self.returns or 0):,.1f} (last {len(self.returns)})"
+        recent = known if self.returns else ""
         self.scalars({"charts/SPS": speed}, step)
         self.bar.set_description(self.args.env_id, refresh=False)
         self.bar.set_postfix_str(recent, refresh=False)
         self.bar.update(step - self.step)
-        if self.bar.disable and (
-            now - self.printed > 10 or self.step == self.first_step or step == self.last_step
-        ):
+        edge = self.step == self.first_step or step == self.last_step
+        if self.bar.disable and (edge or now - self.printed > 10):
             left = tqdm.format_interval((self.last_step - step) / speed)
             share = f"{step:,} of {self.last_step:,} steps ({step / self.last_step:.0%})"
             print(f"{share} | {speed:,.0f} steps/s | {left} left | {recent}", flush=True)
             self.printed = now
         self.step = step
-
-    def save(self, state: dict, name: str = "checkpoint.pt") -> None:
-        """Write a checkpoint, once TensorBoard's events up to it are on disk."""
-        self.writer.flush()
-        about = {"script": self.script, "args": vars(self.args), "returns": list(self.returns)}
-        save_checkpoint(self.dir / name, about | state)
-
-    def leave_if_asked(self) -> None:
-        """After a signal, leave with 128 + its number, saying how to go on."""
-        if self.signal:
+        if self.signal and step < self.last_step:
             self.bar.close()
-            print(
-                f"stopped at step {self.step:,}; go on: python {self.script}.py --resume {self.dir}"
-            )
+            resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
+            print(f"stopped at step {step:,}; go on: {resume}")
             raise SystemExit(128 + self.signal)
 
-    def abort(self, message: str) -> NoReturn:
-        """End a run gone wrong; its last checkpoint stays."""
-        self.bar.close()
-        fail(f"{message}; the last good checkpoint is {self.dir / 'checkpoint.pt'}", code=1)
+    def save(self, step: int) -> None:
+        """Write a checkpoint, once TensorBoard's events up to it are on disk."""
+        self.writer.flush()
+        state = {"returns": list(self.returns), "best_return": self.best_return}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        self._write("checkpoint.pt", {"global_step": step} | state)
+
+    def _write(self, name: str, state: dict) -> None:
+        about = {"script": self.script, "args": vars(self.args)}
+        save_checkpoint(self.dir / name, about | state)
+
+    def require_finite(self, what: str, *values: np.ndarray | torch.Tensor) -> None:
+        """End a run gone wrong, which leaves its last good checkpoint."""
+        if not all(torch.as_tensor(x).isfinite().all() for x in values):
+            self.bar.close()
+            kept = f"the last good checkpoint is {self.dir / 'checkpoint.pt'}"
+            fail(f"{what} became NaN or infinite at step {self.step:,} or later; {kept}", code=1)

@@ -9,7 +9,8 @@ STREAMS = ("init", "env", "action", "minibatch", "replay", "eval", "python", "nu
 
 
 def stream_seed(seed: int, name: str, *index: int) -> int:
-    """Return the 64-bit seed of a stream, as `stream_seed(1, "env", 3)` of the fourth environment.
+    """Return the 64-bit seed of a stream, as `stream_seed(1, "env", 3, 0)` of the first episode in
+    the fourth environment.
 
     `seed + i` would hand the second environment of seed 1 and the first of seed 2 the same numbers.
     """
@@ -17,37 +18,32 @@ def stream_seed(seed: int, name: str, *index: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def env_seeds(seed: int, num_envs: int) -> list[int]:
-    """Return a seed for each of the training environments."""
-    return [stream_seed(seed, "env", i) for i in range(num_envs)]
+class Streams(dict):
+    """A torch.Generator for each of some streams, by name, as in `rng["action"]`.
 
+    The process-wide generators are seeded and saved with them: initial weights use them, and some
+    users' environments.
+    """
 
-def torch_generators(seed: int, names: tuple, device: torch.device) -> dict[str, torch.Generator]:
-    """Return a generator on `device` for each of the streams `names`."""
-    return {name: torch.Generator(device).manual_seed(stream_seed(seed, name)) for name in names}
+    def __init__(self, seed: int, names: tuple[str, ...], device: torch.device):
+        super().__init__({name: torch.Generator(device) for name in names})
+        for name in names:
+            self[name].manual_seed(stream_seed(seed, name))
+        torch.manual_seed(stream_seed(seed, "init"))
+        random.seed(stream_seed(seed, "python"))
+        np.random.seed(stream_seed(seed, "numpy") % 2**32)
 
+    def state_dict(self) -> dict:
+        """Return all states, in tensors and plain Python."""
+        kind, keys, *position = np.random.get_state()
+        state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *position)}
+        state["torch"] = torch.get_rng_state()
+        return state | {name: generator.get_state() for name, generator in self.items()}
 
-def seed_global(seed: int) -> None:
-    """Seed the process-wide generators: initial weights use them, and some users' environments."""
-    torch.manual_seed(stream_seed(seed, "init"))
-    random.seed(stream_seed(seed, "python"))
-    np.random.seed(stream_seed(seed, "numpy") % 2**32)
-
-
-def get_rng_state(generators: dict[str, torch.Generator]) -> dict:
-    """Return the states of the process-wide generators and of `generators`."""
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    return state | {name: generator.get_state() for name, generator in generators.items()}
-
-
-def set_rng_state(state: dict, generators: dict[str, torch.Generator]) -> None:
-    """Put back what get_rng_state returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    for name, generator in generators.items():
-        generator.set_state(state[name])
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what state_dict returned."""
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        for name, generator in self.items():
+            generator.set_state(state[name])

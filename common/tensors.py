@@ -8,6 +8,10 @@ import torch
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+# Gauss-Hermite quadrature: the mean of f(z) over a standard normal z is f(NODES) @ WEIGHTS
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
+NODES, WEIGHTS = NODES.tolist(), (WEIGHTS / WEIGHTS.sum()).tolist()
+
 
 class RunningStatistics(nn.Module):
     """Mean and variance of every sample ever passed to `update`; all environments share them."""
@@ -58,11 +62,17 @@ class ReturnStatistics(RunningStatistics):
 
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
     """Return a vector [P] with the parameters of `module`, which become views of it."""
-    flat = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    for parameter, view in zip(module.parameters(), flat.split(sizes), strict=True):
-        parameter.data = view.view_as(parameter)
+    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    for name, view in unflatten(flat, module).items():
+        module.get_parameter(name).data = view
     return flat
+
+
+def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return views of the vector [P] under the names and shapes of the parameters of `module`."""
+    named = dict(module.named_parameters())
+    chunks = parameters.split([parameter.numel() for parameter in named.values()])
+    return {name: chunk.view_as(named[name]) for name, chunk in zip(named, chunks)}
 
 
 class FlatAdam(nn.Module):
@@ -97,6 +107,7 @@ OPERATIONS = {
     "relu": "np.maximum({0}, 0)",
     "sub": "{0} - {1}",
     "t": "{0}.T",
+    "take": "{0}.take({1})",
     "tanh": "np.tanh({0})",
     "view": "{0}.reshape({1})",
 }

@@ -1,0 +1,141 @@
+"""Atari games under one protocol, however their id is spelled."""
+
+import re
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from common.seeding import stream_seed
+
+PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
+to 30 no-ops, at most 108,000 frames; a lost life ends the agent's episode, not the game, and the
+step after it presses FIRE, whatever the action; returns are scores of whole games"""
+
+
+def find_game(env_id: str) -> str | None:
+    """Return ale-py's name of a game, as of `ALE/Breakout-v5` or `BreakoutNoFrameskip-v4`."""
+    match = re.fullmatch(r"(ALE/)?([A-Z]\w*?)(NoFrameskip|Deterministic)?-v[045]", env_id)
+    if not match:
+        return None
+    from ale_py import roms
+
+    return {x.title().replace("_", ""): x for x in roms.get_all_rom_ids()}.get(match[2])
+
+
+class AtariGames(VectorEnv):
+    """Games [N] that step together: ale-py's vector environment under PROTOCOL.
+
+    `terminated` tells a lost life or the end of a game, infos["over"] the end of a game, be it by
+    its time limit; rewards are the score. Games are seeded and found again as Replayable does it.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, game: str, num_envs: int, seed: int, sticky_actions: float, **options):
+        from ale_py.vector_env import AtariVectorEnv
+
+        options |= {"autoreset_mode": AutoresetMode.SAME_STEP, "life_loss_info": True}
+        options |= {"repeat_action_probability": sticky_actions, "reward_clipping": False}
+        self.games = games = AtariVectorEnv(game, num_envs, **options)
+        self.num_envs, self.seed = num_envs, seed
+        self.observation_space, self.action_space = games.observation_space, games.action_space
+        self.single_observation_space = games.single_observation_space
+        self.single_action_space = games.single_action_space
+        meanings = [action.name for action in games.ale.get_action_set()]
+        self.fire = meanings.index("FIRE") if "FIRE" in meanings else 0
+        self.episode, self.actions = [-1] * num_envs, [[] for _ in range(num_envs)]
+        self.waiting = np.zeros(num_envs, bool)  # for FIRE
+
+    def reset(self, *, seed: list[int] | None = None, options=None) -> tuple[np.ndarray, dict]:
+        """Begin the next game everywhere, by default with its own seed."""
+        return self._begin(np.ones(self.num_envs, bool), seed), {}
+
+    def _begin(self, which: np.ndarray, seeds: list[int] | None = None) -> np.ndarray:
+        indices = np.flatnonzero(which).tolist()
+        for i in indices:
+            self.episode[i], self.actions[i] = self.episode[i] + 1, []
+        self.waiting[which] = False
+        seeds = seeds or [stream_seed(self.seed, "env", i, self.episode[i]) for i in indices]
+        seeds = np.array([seed % 2**31 for seed in seeds])
+        obs, infos = self.games.reset(seed=seeds, options={"reset_mask": which})
+        self.frames = infos["episode_frame_number"]
+        return obs
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """Step all games; observations are uint8 [N, 4, 84, 84], newly made."""
+        self.send(actions)
+        return self.recv()
+
+    def send(self, actions: np.ndarray) -> None:
+        """Let the games begin a step, in threads of their own."""
+        actions = np.where(self.waiting & (self.fire > 0), self.fire, actions)
+        for played, action in zip(self.actions, actions.tolist()):
+            played.append(action)
+        self.games.send(actions)
+
+    def recv(self) -> tuple:
+        """Wait for the step that `send` began, and return what it gave."""
+        obs, rewards, terminated, truncated, infos = self.games.recv()
+        over = infos["episode_frame_number"] < self.frames  # lives tell it in most games, not all
+        self.frames, self.waiting = infos["episode_frame_number"], terminated & ~over
+        infos = {name: infos[name] for name in ("final_obs",) if name in infos} | {"over": over}
+        if over.any():  # begun anew already, but not from a seed of ours
+            obs = self._begin(over)
+        return obs, rewards, terminated, truncated, infos
+
+    def get_attr(self, name: str) -> list:
+        """Return `history`, (number of the running game, its actions), or `obs`, of every game."""
+        if name == "obs":
+            return list(self.obs)
+        return [(e, torch.tensor(x, dtype=torch.uint8)) for e, x in zip(self.episode, self.actions)]
+
+    def set_attr(self, name: str, histories: list[tuple[int, torch.Tensor]]) -> None:
+        """Repeat the actions of each `history`; each game begins so that all get there at once."""
+        assert name == "history"
+        longest = max(len(actions) for _, actions in histories)
+        for left in range(longest, -1, -1):
+            begin = np.array([len(actions) == left for _, actions in histories])
+            for i in np.flatnonzero(begin):
+                self.episode[i] = histories[i][0] - 1
+            if begin.any():
+                self.obs = self._begin(begin)
+            if left:
+                actions = [int(x[-left]) if left <= len(x) else 0 for _, x in histories]
+                self.obs = self.step(np.array(actions))[0]
+
+    def close(self, **_) -> None:
+        """Games need no closing."""
+
+
+class AtariGame(gym.Env):
+    """One whole game at a time, for evaluation; a twin that plays along draws its real colours."""
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 15}
+
+    def __init__(self, game: str, sticky_actions: float, render_mode: str | None):
+        self.games = [AtariGames(game, 1, 0, sticky_actions)]
+        if render_mode:
+            colours = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+            self.games.append(AtariGames(game, 1, 0, sticky_actions, **colours))
+        self.render_mode = render_mode
+        self.observation_space = self.games[0].single_observation_space
+        self.action_space = self.games[0].single_action_space
+
+    def reset(self, *, seed: int, options=None) -> tuple[np.ndarray, dict]:
+        """Begin the game that `seed` gives."""
+        obs = [games.reset(seed=[seed])[0] for games in self.games]
+        self.picture = obs[-1][0, 0]
+        return obs[0][0], {}
+
+    def step(self, action: int) -> tuple:
+        """Step; only the end of the game terminates."""
+        steps = [games.step(np.array([action])) for games in self.games]
+        self.picture = steps[-1][0][0, 0]
+        obs, (reward,), _, (truncated,), infos = steps[0]
+        return obs[0], float(reward), bool(infos["over"][0] and not truncated), bool(truncated), {}
+
+    def render(self) -> np.ndarray:
+        """Return the frame [210, 160, 3]."""
+        return self.picture

@@ -1,0 +1,409 @@
+"""Proximal Policy Optimization (PPO), in one file.
+
+Collect a rollout with the current policy; estimate how much better than expected each action was
+(GAE); take many small gradient steps that make good actions likelier, but gain nothing more once
+the probability of an action has moved by a fifth. Schulman et al. 2017, arXiv:1707.06347; details
+as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
+
+    python ppo_discrete.py
+    python ppo_discrete.py --env-id ALE/Breakout-v5
+
+What to look at: charts/episodic_return rises, losses/approx_kl stays below 0.02, losses/clipfrac
+between 0.05 and 0.3, losses/explained_variance nears 1.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, grad_and_value
+
+from common import envs, runs, seeding, tensors
+
+SCRIPT = Path(__file__).stem
+METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
+# defaults for Atari, where they differ (Huang et al., the 9 Atari-specific details)
+ATARI = {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1}
+ATARI |= {"clip_reward": True, "hidden_sizes": ()}
+
+
+@dataclass
+class Args:
+    """Train, resume or evaluate PPO."""
+
+    exp_name: str = SCRIPT
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed from which every random stream of the run is spawned"""
+    torch_deterministic: bool = True
+    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes what is faster for this work"""
+    num_threads: int = 1
+    """threads that PyTorch computes with"""
+    compile: bool = True
+    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "single-file-rl"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """entity (team) in Weights & Biases"""
+    capture_video: bool = False
+    """record the first episode of every evaluation to the run folder's videos/"""
+    run_dir: str = ""
+    """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
+    resume: str = ""
+    """continue the run in this folder, exactly as if it had never stopped"""
+    evaluate: str = ""
+    """evaluate the last checkpoint of the run in this folder, and train nothing"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+    checkpoint_every: int = 50_000
+    """environment steps between checkpoints; 0: only at the end and when stopped"""
+    eval_every: int = 0
+    """environment steps between evaluations; 0: only at the end"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+
+    env_id: str = "CartPole-v1"
+    """environment; my_module:MyEnv-v0 imports my_module first"""
+    sticky_actions: float = 0.0
+    """Atari: probability that a game repeats the action before instead"""
+    total_timesteps: int = 500_000
+    """environment steps of the run, rounded down to whole rollouts"""
+    learning_rate: float = 2.5e-4
+    """Adam's learning rate at the start"""
+    num_envs: int = 4
+    """environments that step together"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """step the environments in this process, or each in a process of its own"""
+    num_steps: int = 128
+    """steps of each environment in a rollout"""
+    anneal_lr: bool = True
+    """let the learning rate fall over the run, as --lr-schedule says"""
+    lr_schedule: Literal["linear", "cosine"] = "linear"
+    """how it falls, to zero"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches that the rollout is split into in every epoch"""
+    minibatch_size: int | None = None
+    """in place of --num-minibatches: samples in each; an epoch drops the remainder"""
+    update_epochs: int = 4
+    """passes over the rollout in an update"""
+    norm_obs: bool = False
+    """normalise observations with running statistics"""
+    norm_reward: bool = False
+    """scale rewards by the standard deviation of the running discounted return"""
+    clip_reward: bool = False
+    """learn from the signs of rewards; what is logged is unclipped"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    recompute_advantages: bool = False
+    """recompute values and advantages before every epoch, not once per rollout"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may move before the objective stops rewarding it"""
+    clip_vloss: bool = True
+    """clip the value's move in the value loss too"""
+    vf_loss: Literal["mse", "huber"] = "mse"
+    """error that the value loss measures"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this global norm"""
+    target_kl: float | None = None
+    """end an update after an epoch that ends with a larger approximate KL (detail 12)"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers of the policy's and the value's network"""
+
+
+def mlp(sizes: list[int], gain: float) -> nn.Sequential:
+    """Tanh network; orthogonal weights, `gain` in the last layer, and zero biases (detail 2)."""
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    hidden = [module for layer in layers[:-1] for module in (layer, nn.Tanh())]
+    return nn.Sequential(*hidden, layers[-1])
+
+
+def is_image(obs_shape: tuple[int, ...]) -> bool:
+    """Tell whether observations are stacks of frames [C, H, W], large enough for nature_cnn."""
+    return len(obs_shape) == 3 and min(obs_shape[1:]) >= 36
+
+
+def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
+    """Encoder of images [B, C, H, W] into [B, 512] (Mnih et al. 2015), with orthogonal weights."""
+    layers = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()]
+    size = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).shape[1]
+    layers += [nn.Linear(size, 512), nn.ReLU()]
+    for layer in layers[::2][:3] + layers[-2:-1]:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """Policy and value network of raw observations, with the statistics that normalise these."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
+        super().__init__()
+        obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
+        self.cnn = nature_cnn(obs_shape) if is_image(obs_shape) else None
+        obs_size = 512 if self.cnn else obs_size
+        self.actor = mlp([obs_size, *args.hidden_sizes, action_size], gain=0.01)
+        self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
+        self.args = args
+        self.obs_statistics = tensors.RunningStatistics(obs_shape)
+        self.return_statistics = tensors.ReturnStatistics(args.num_envs)
+        self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
+
+    def encode(self, obs: torch.Tensor) -> torch.Tensor:
+        """Normalise observations [B, *obs_shape], clip them at 10 deviations, flatten them."""
+        if self.cnn:  # in pieces that fit into the cache
+            return torch.cat([self.cnn(x / 255) for x in obs.split(256)])
+        if self.args.norm_obs:
+            obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
+        return obs.flatten(1)
+
+    def forward(self, obs: torch.Tensor) -> tuple:
+        """Policy, as log_prob_and_entropy takes it, and values [B] of raw observations."""
+        x = self.encode(obs)
+        return self.actor(x), self.critic(x).squeeze(-1)
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
+        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        action = (self.actor(self.encode(obs)) + noise).argmax(-1)  # the Gumbel-max trick
+        return action, self.actions.take(action)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Return the deterministic action for one raw observation."""
+        bias = self.critic[-1].bias
+        obs = torch.as_tensor(np.asarray(obs), dtype=bias.dtype, device=bias.device)
+        return self.sample(obs[None], noise=torch.zeros_like(bias))[1][0].cpu().numpy()
+
+
+class Rollout:
+    """T steps of N environments: raw observations, actions as sampled, unscaled rewards."""
+
+    def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
+        shape = args.num_steps, args.num_envs
+        self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
+        if is_image(obs_space.shape):
+            self.obs = self.obs.byte()
+        self.noise = torch.zeros(*shape, gym.spaces.flatdim(action_space), device=device)
+        self.rewards = np.zeros(shape)
+        self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.actions, self.final_obs = [], {}  # (t, n) of a truncation -> real last observation
+
+
+def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability (density) of stored actions, and entropy, under a policy; each [B]."""
+    log_probs = policy.log_softmax(-1)
+    log_prob = log_probs.gather(-1, action[:, None]).squeeze(-1)
+    return log_prob, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16); arrays are [T, N].
+
+    next_values[t] is the value of the observation that step t really led to, not of the one after a
+    reset. A termination has no future; the sum over lambda is cut there and at a truncation.
+    """
+    deltas = rewards + gamma * next_values * ~terminations - values
+    decays = gamma * gae_lambda * ~(terminations | truncations)
+    advantages, advantage = np.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages
+
+
+def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
+    """Loss of a minibatch (Schulman et al. 2017, equations 7 and 9) and METRICS; inputs [B]."""
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    if args.norm_adv:  # detail 7: per minibatch
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)  # detail 8
+    policy_loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+
+    error = F.huber_loss if args.vf_loss == "huber" else F.mse_loss
+    value_error = error(value, target, reduction="none")
+    if args.clip_vloss:  # detail 9: the larger of the two errors
+        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.maximum(value_error, error(clipped_value, target, reduction="none"))
+    value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)
+
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
+    kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # joschu.net/blog/kl-approx.html
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    metrics = loss, policy_loss, value_loss, entropy.mean(), *kl, clipfrac
+    return loss, torch.stack(metrics).detach()
+
+
+def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
+    """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
+
+    One graph, once compiled, of forward pass, gradient, clipping and Adam; the network is `agent`,
+    called with pieces of the vector `parameters` as its weights.
+    """
+
+    def loss(parameters, obs, actions, *rest):
+        policy, value = functional_call(agent, tensors.unflatten(parameters, agent), obs)
+        return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
+
+    def update(parameters, batch, indices, lr):
+        minibatch = (x[indices] for x in batch)
+        gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(parameters, *minibatch)
+        gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)  # detail 11
+        optimizer.step(parameters, gradient, lr)
+        return metrics
+
+    return update
+
+
+def learning_rate(progress: float, args: Args) -> torch.Tensor:
+    """Learning rate when a share `progress` of the run is done (detail 4)."""
+    left = (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1 - progress
+    return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
+
+
+def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
+    """Advantages, values and value targets of a rollout, each [T * N]."""
+    values = agent(rollout.obs.flatten(0, 1))[1].view(rollout.obs.shape[:2]).cpu().numpy()
+    values, next_values = values[:-1], values[1:].copy()
+    if rollout.final_obs:  # where an episode was cut: its real last observation
+        final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
+        next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
+    rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
+    if args.norm_reward:
+        rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
+    ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
+    advantages = compute_gae(rewards, values, next_values, *ends, *decays)
+    arrays = np.stack((advantages, values, advantages + values)).astype(np.float32)
+    return list(torch.from_numpy(arrays).to(rollout.obs.device).flatten(1))
+
+
+def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
+    """Return the environment's spaces; end with one line if an argument cannot work."""
+    runs.check_ranges(args)
+    batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
+    if args.minibatch_size is None:
+        fits = batch_size % args.num_minibatches == 0
+        runs.require(fits, args, "num_minibatches", f"divide a rollout's {batch_size} samples")
+        args.minibatch_size = batch_size // args.num_minibatches
+    fits = least <= args.minibatch_size <= batch_size  # one sample has no standard deviation
+    runs.require(fits, args, "minibatch_size", f"be from {least} to {batch_size}")
+    fits = args.total_timesteps >= batch_size
+    runs.require(fits, args, "total_timesteps", f"be at least {batch_size}, one rollout")
+    return envs.check_spaces(args, gym.spaces.Discrete, "use ppo_continuous.py")
+
+
+@torch.no_grad()
+def train(args: Args, checkpoint: dict | None = None) -> Path:
+    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    obs_space, action_space = check_args(args)
+    device = runs.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
+    rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
+    agent = Agent(obs_space.shape, action_space, args).to(device)
+    parameters = tensors.flatten_parameters(agent)
+    optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
+    update = runs.compile_function(make_update(agent, optimizer, args), args)
+    environments = envs.Environments(args)
+    rollout = Rollout(args, obs_space, action_space, device)
+    batch_size = args.num_envs * args.num_steps
+    last_step = args.total_timesteps // batch_size * batch_size
+    parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+        global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
+        agent.return_statistics.carry[environments.lost] = 0.0
+        act = tensors.to_numpy(agent.sample, rollout.obs[0], rollout.noise[0])
+        while global_step < last_step:
+            # collect a rollout; what does not feed the next action waits until it is complete
+            start_step, global_step = global_step, global_step + batch_size
+            rollout.noise.exponential_(generator=rng["action"]).log_().neg_()
+            rollout.obs[0] = rollout.obs[-1]
+            rollout.actions, rollout.final_obs = [], {}
+            for t in range(args.num_steps):
+                action, env_action = act(rollout.obs[t], rollout.noise[t])
+                obs, reward, terminated, truncated, infos = environments.step(env_action)
+                rollout.actions.append(action)
+                rollout.obs[t + 1] = torch.as_tensor(obs)
+                rollout.rewards[t], rollout.terminations[t] = reward, terminated
+                rollout.truncations[t] = truncated
+                for n in np.flatnonzero(truncated):
+                    rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
+            ends = rollout.terminations | rollout.truncations
+            run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            run.episodes(environments.finished_episodes())
+
+            # update, with the very statistics that the rollout was collected with
+            lr, metrics = learning_rate(start_step / last_step, args).to(device), []
+            obs = rollout.obs[:-1].flatten(0, 1)
+            actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
+            old_log_prob, _ = log_prob_and_entropy(agent(obs)[0], actions)
+            for epoch in range(args.update_epochs):
+                if epoch == 0 or args.recompute_advantages:
+                    advantages, values, targets = estimate(agent, rollout, args)
+                batch = obs, actions, old_log_prob, advantages, values, targets
+                order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
+                for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
+                    indices = order[i : i + args.minibatch_size]
+                    metrics.append(update(parameters, batch, indices, lr))
+                if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
+                    break
+            run.require_finite("the loss", parameters)
+            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+            losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
+            run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
+
+            # only now do the statistics take the rollout in
+            if args.norm_obs:
+                agent.obs_statistics.update(obs)
+            if args.norm_reward:
+                agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
+            if run.due(args.eval_every, global_step):
+                run.evaluate(agent, global_step)
+            if run.signal or run.due(args.checkpoint_every, global_step):
+                run.save(global_step)
+            run.progress(global_step)
+    environments.close()
+    return run.dir
+
+
+def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
+    """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
+    checkpoint = runs.load_run(run_dir, SCRIPT, name)
+    args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
+    action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
+    agent = Agent(weights["obs_statistics.mean"].shape, action_space, args)
+    tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
+    agent.load_state_dict(weights)
+    return agent
+
+
+def main() -> None:
+    """Train, resume or evaluate, as the command line says."""
+    args, checkpoint = runs.parse_args(Args, SCRIPT, ATARI)
+    if args.evaluate:
+        check_args(args)
+        runs.evaluate(load_agent(args.evaluate), args)
+    else:
+        train(args, checkpoint)
+
+
+if __name__ == "__main__":
+    main()
