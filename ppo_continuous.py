@@ -42,8 +42,8 @@ class Args:
     """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes what is faster for this work"""
-    num_threads: int = 1
-    """threads that PyTorch computes with"""
+    num_threads: int = 0
+    """threads that PyTorch computes with; 0: one for small networks, up to four for large ones"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     track: bool = False
@@ -172,9 +172,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
-        bias = self.critic[-1].bias
-        obs = torch.as_tensor(np.asarray(obs), dtype=bias.dtype, device=bias.device)
-        return self.sample(obs[None], noise=torch.zeros_like(bias))[1][0].cpu().numpy()
+        weight = next(self.parameters())
+        obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
 
 
 class Rollout:

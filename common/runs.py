@@ -32,11 +32,11 @@ ANEW = {
 }
 # what a number must be, by its name, which means the same in every script
 RANGES = {
-    (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches num_threads "
+    (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
     "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
-    "policy_frequency target_network_frequency train_frequency",
+    "policy_frequency target_network_frequency train_frequency log_every",
     (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
-    "learning_starts alpha",
+    "learning_starts alpha num_threads",
     (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
     "sticky_actions",
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio",
@@ -98,16 +98,19 @@ def setup_torch(args, faster: str) -> torch.device:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    torch.set_num_threads(args.num_threads)
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    torch.set_float32_matmul_precision("medium" if faster == "cuda" else "highest")
-    if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
-        torch.set_float32_matmul_precision("highest")
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
-    if device == "cuda" and args.torch_deterministic:
+    device = torch.device(device if device != "auto" else "cpu")
+    large = faster == "cuda"
+    args.num_threads = args.num_threads or (min(4, torch.get_num_threads()) if large else 1)
+    torch.set_num_threads(args.num_threads)
+    if device.type == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return torch.device(device if device != "auto" else "cpu")
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    torch.set_float32_matmul_precision("medium" if large else "highest")
+    if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
+        torch.set_float32_matmul_precision("highest")
+    return device
 
 
 def compile_function(function: Callable, args) -> Callable:
