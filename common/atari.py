@@ -65,18 +65,18 @@ class AtariGames(VectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple:
         """Step all games; observations are uint8 [N, 4, 84, 84], newly made."""
-        self.send(actions)
-        return self.recv()
+        self.step_async(actions)
+        return self.step_wait()
 
-    def send(self, actions: np.ndarray) -> None:
+    def step_async(self, actions: np.ndarray) -> None:
         """Let the games begin a step, in threads of their own."""
         actions = np.where(self.waiting & (self.fire > 0), self.fire, actions)
         for played, action in zip(self.actions, actions.tolist()):
             played.append(action)
         self.games.send(actions)
 
-    def recv(self) -> tuple:
-        """Wait for the step that `send` began, and return what it gave."""
+    def step_wait(self) -> tuple:
+        """Wait for the step that step_async began, and return what it gave."""
         obs, rewards, terminated, truncated, infos = self.games.recv()
         over = infos["episode_frame_number"] < self.frames  # lives tell it in most games, not all
         self.frames, self.waiting = infos["episode_frame_number"], terminated & ~over

@@ -18,12 +18,19 @@ from common.seeding import stream_seed
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
-    """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too."""
+    """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too.
+
+    Observations that are one frame [H, W] of bytes become stacks of four, black at the beginning.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if game := atari.find_game(args.env_id):
         return atari.AtariGame(game, args.sticky_actions, render_mode)
-    return gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+    options = {"render_mode": render_mode} if render_mode else {}
+    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    if len(env.observation_space.shape or ()) == 2 and env.observation_space.dtype == np.uint8:
+        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+    return env
 
 
 class Replayable(gym.Wrapper):
@@ -84,6 +91,7 @@ class Environments:
             makers = [partial(_make_training_env, args, i) for i in range(args.num_envs)]
             mode = AutoresetMode.SAME_STEP
             self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
+        self.background = hasattr(self.vector_env, "step_async")
         self.obs, _ = self.vector_env.reset()
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
         self.steps, self.new, self.lost = 0, [], np.zeros(args.num_envs, bool)
@@ -91,10 +99,26 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple:
         """Step all; return obs, rewards, terminated, truncated, each [N, ...], and infos.
 
-        An end that is both counts as terminated. The next step overwrites `obs`: copy it.
+        An end that is both counts as terminated; infos["over"] tells all ends but those of Atari's
+        lives. The next step overwrites `obs`: copy it.
         """
-        self.obs, rewards, terminated, truncated, infos = self.vector_env.step(actions)
-        self.new.append((rewards, infos["over"] if "over" in infos else terminated | truncated))
+        self.send(actions)
+        return self.recv()
+
+    def send(self, actions: np.ndarray) -> None:
+        """Begin a step, which games and --vectorization async make in the background."""
+        self.actions = actions
+        if self.background:
+            self.vector_env.step_async(actions)
+
+    def recv(self) -> tuple:
+        """End the step that `send` began, and return what `step` does."""
+        vector_env = self.vector_env
+        outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
+        self.obs, rewards, terminated, truncated, infos = outcome
+        if "over" not in infos:
+            infos["over"] = terminated | truncated
+        self.new.append((rewards, infos["over"]))
         return self.obs, rewards, terminated, truncated & ~terminated, infos
 
     def finished_episodes(self) -> list[tuple[float, int, int]]:
@@ -185,11 +209,15 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
         env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
+    epsilon = getattr(args, "eval_e", 0.0)
     for i in range(args.eval_episodes):
         obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))
+        env.action_space.seed(stream_seed(args.seed, "eval", i, 0))
+        rng = np.random.default_rng(stream_seed(args.seed, "eval", i, 1))
         terminated = truncated = False
         while not (terminated or truncated):
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            action = env.action_space.sample() if rng.random() < epsilon else act(obs)
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += float(reward)
             lengths[i] += 1
     env.close()

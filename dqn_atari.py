@@ -1,0 +1,494 @@
+"""Deep Q-Network (DQN) for Atari, in one file, with the improvements that are best known.
+
+Learn what every action is worth, from random batches of a replay, against a copy of the network
+that follows only now and then; act greedily, but at random with probability epsilon. Mnih et al.
+2015, "Human-level control through deep reinforcement learning". Flags add one piece each: --double
+(van Hasselt et al. 2016), --dueling (Wang et al. 2016), --prioritized (Schaul et al. 2016) and
+--n-step returns.
+
+    python dqn_atari.py
+    python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --double --dueling
+
+What to look at: charts/episodic_return rises as charts/epsilon falls, losses/q_values grow slowly
+and settle, losses/td_loss stays small.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, grad_and_value
+
+from common import envs, fail, runs, seeding, tensors
+
+SCRIPT = Path(__file__).stem
+METRICS = ("td_loss", "q_values")
+
+
+@dataclass
+class Args:
+    """Train, resume or evaluate DQN."""
+
+    exp_name: str = SCRIPT
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed from which every random stream of the run is spawned"""
+    torch_deterministic: bool = True
+    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes what is faster for this work"""
+    num_threads: int = 0
+    """threads that PyTorch computes with; 0: one for small networks, up to four for large ones"""
+    compile: bool = True
+    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "single-file-rl"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """entity (team) in Weights & Biases"""
+    capture_video: bool = False
+    """record the first episode of every evaluation to the run folder's videos/"""
+    run_dir: str = ""
+    """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
+    resume: str = ""
+    """continue the run in this folder, exactly as if it had never stopped"""
+    evaluate: str = ""
+    """evaluate the last checkpoint of the run in this folder, and train nothing"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints; 0: only at the end and when stopped"""
+    eval_every: int = 0
+    """environment steps between evaluations; 0: only at the end"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+
+    env_id: str = "ALE/Breakout-v5"
+    """Atari game, or my_module:MyEnv-v0 with frames [84, 84] of bytes, which imports my_module"""
+    sticky_actions: float = 0.0
+    """Atari: probability that a game repeats the action before instead"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run, rounded down to whole steps of all environments"""
+    num_envs: int = 8
+    """environments that step together"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """step the environments in this process, or each in a process of its own"""
+    learning_rate: float = 1e-4
+    """Adam's learning rate"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay keeps, in 7.2 GB of memory for a million"""
+    checkpoint_replay: bool = False
+    """save the replay too, up to 7.2 GB; without it a resumed run first fills a new one"""
+    clip_reward: bool = True
+    """learn from the signs of rewards; what is logged is unclipped"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 1.0
+    """how far the target network moves towards the Q-network"""
+    target_network_frequency: int = 1000
+    """environment steps between moves of the target network"""
+    batch_size: int = 32
+    """transitions in a batch"""
+    learning_starts: int = 80_000
+    """environment steps before learning begins"""
+    train_frequency: int = 4
+    """environment steps per update"""
+    start_e: float = 1.0
+    """epsilon at the start: the probability of a random action"""
+    end_e: float = 0.01
+    """epsilon in the end"""
+    exploration_fraction: float = 0.1
+    """share of the run in which epsilon falls, linearly"""
+    eval_e: float = 0.01
+    """epsilon in evaluations"""
+    loss: Literal["mse", "huber"] = "mse"
+    """error that the loss measures"""
+    max_grad_norm: float | None = None
+    """gradients are scaled down to this global norm, if it is given"""
+    double: bool = False
+    """let the Q-network choose the next action, and the target network value it"""
+    dueling: bool = False
+    """estimate an action's value as the state's value and the action's advantage"""
+    n_step: int = 1
+    """rewards that a target sums before it takes an estimate"""
+    prioritized: bool = False
+    """draw transitions in proportion to a power of their last error"""
+    priority_alpha: float = 0.6
+    """that power"""
+    priority_beta: float = 0.4
+    """exponent of the importance weights at the start; it grows to 1 in the end"""
+    log_every: int = 1000
+    """environment steps between logs; checkpoints and evaluations fall on these steps"""
+
+
+def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
+    """Encoder of images [B, C, H, W] into [B, 512] (Mnih et al. 2015)."""
+    layers = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()]
+    size = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).shape[1]
+    return nn.Sequential(*layers, nn.Linear(size, 512), nn.ReLU())
+
+
+class QNetwork(nn.Module):
+    """Values [B, A] of all actions for stacks of frames [B, 4, H, W] of bytes."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
+        super().__init__()
+        self.cnn = nature_cnn(obs_shape)
+        self.advantage = nn.Linear(512, action_size)  # or, by itself, the value of each action
+        self.state_value = nn.Linear(512, 1) if args.dueling else None
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """Values of all actions; with --dueling by equation 9, whose advantages have mean 0."""
+        x = self.cnn(obs / 255)
+        advantage = self.advantage(x)
+        if self.state_value is None:
+            return advantage
+        return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
+
+
+class Agent(nn.Module):
+    """Q-network and its target network."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
+        super().__init__()
+        self.critic = QNetwork(obs_shape, gym.spaces.flatdim(action_space), args)
+        self.target = copy.deepcopy(self.critic)
+        self.register_buffer("obs_shape", torch.tensor(obs_shape))
+        self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
+        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        action = (self.critic(obs) + noise).argmax(-1)
+        return action, self.actions.take(action)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Return the deterministic action for one raw observation."""
+        weight = next(self.parameters())
+        obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
+
+
+class SumTree:
+    """Priorities in blocks whose sums are kept: a tree of two levels, sqrt(size) wide.
+
+    A draw looks through the sums and one block, an update sums one block: all of it in few vector
+    operations, where a binary tree takes one for each of its twenty levels.
+    """
+
+    def __init__(self, size: int, device):
+        width = math.ceil(math.sqrt(size))
+        self.leaves = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, indices: torch.Tensor, priorities: torch.Tensor) -> None:
+        """Set the priorities [B] of the leaves `indices` [B]."""
+        self.leaves.view(-1)[indices] = priorities.double()
+        blocks = indices // len(self.sums)
+        self.sums[blocks] = self.leaves[blocks].sum(1)
+
+    def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw leaves in proportion to their priorities, given numbers [B] in [0, 1).
+
+        Returns indices and probabilities [B]. Rounding never draws a leaf whose priority is zero.
+        """
+        below, sums = 1 - 1e-12, self.sums.cumsum(0)
+        mass = (uniform * sums[-1]).clamp(max=sums[-1] * below)
+        blocks = torch.searchsorted(sums, mass, right=True)
+        leaves = self.leaves[blocks].cumsum(1)
+        rest = (mass - sums[blocks] + self.sums[blocks]).clamp(min=0)
+        rest = torch.minimum(rest, leaves[:, -1] * below)
+        inner = torch.searchsorted(leaves, rest[:, None], right=True).squeeze(1)
+        return blocks * len(self.sums) + inner, self.leaves[blocks, inner] / sums[-1]
+
+
+class Replay:
+    """The last transitions of N environments, in rows [N]; every frame is kept once.
+
+    A transition knows the numbers of five frames: four make its observation, the last four the next
+    one, whatever the episode did in between. Frame 0 is black and comes before an episode's first.
+    """
+
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
+        shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
+        # an episode has more frames than steps: beyond 2% more, they push out old transitions
+        self.capacity = math.ceil(1.02 * args.buffer_size) + 8 * args.num_envs
+        frames = self.capacity + 1, *obs_shape[1:]
+        self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
+        self.stacks = torch.zeros(*shape, 5, dtype=torch.int32, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(shape, device=device)
+        self.ends = torch.zeros(*shape, 2, dtype=torch.bool, device=device)  # terminated, truncated
+        self.tree = SumTree(math.prod(shape), device)
+        self.max_priority = torch.ones((), dtype=torch.float64, device=device)
+        self.needs = np.zeros(shape[0], np.int64)  # a row's oldest frame
+        self.stack = None  # numbers [N, 4] of the frames that the environments show now
+        self.num_frames = self.num_rows = self.oldest = 0  # ever kept, ever added, first row left
+
+    def start(self, obs: np.ndarray) -> None:
+        """Begin with observations [N, 4, H, W]."""
+        self.stack = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
+
+    def _keep(self, frames: np.ndarray) -> np.ndarray:
+        numbers = self.num_frames + np.arange(1, len(frames) + 1)
+        self.num_frames += len(frames)
+        self.frames[self._slots(numbers)] = torch.from_numpy(frames).to(self.frames.device)
+        return numbers
+
+    def _slots(self, numbers: np.ndarray) -> torch.Tensor:
+        slots = np.where(numbers > 0, (numbers - 1) % self.capacity + 1, 0)
+        return torch.from_numpy(slots).to(self.frames.device)
+
+    def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
+        """Add a transition of every environment; `obs` [N, 4, H, W] are the next observations."""
+        shown = self._keep(obs[:, -1])
+        led_to = shown.copy()
+        if truncated.any():  # to a last frame that `obs` does not show anymore
+            led_to[truncated] = self._keep(np.stack([x[-1] for x in infos["final_obs"][truncated]]))
+        numbers = np.column_stack((self.stack, led_to))
+        self.stack = np.column_stack((self.stack[:, 1:], shown))
+        self.stack[infos["over"], :-1] = 0
+
+        row = self.num_rows % len(self.rewards)
+        self.stacks[row] = self._slots(numbers)
+        self.actions[row], self.rewards[row] = torch.as_tensor(action), torch.as_tensor(reward)
+        self.ends[row] = torch.from_numpy(np.column_stack((terminated, truncated)))
+        self.needs[row] = np.where(numbers > 0, numbers, self.num_frames).min()
+        self.num_rows += 1
+        before, self.oldest = self.oldest, max(self.oldest, self.num_rows - len(self.rewards))
+        while self.needs[self.oldest % len(self.rewards)] <= self.num_frames - self.capacity:
+            self.oldest += 1
+        if self.args.prioritized:  # new ones come once they have all n steps, with the most
+            self._prioritize(range(before, self.oldest), 0 * self.max_priority)
+            self._prioritize([self.num_rows - 1], 0 * self.max_priority)
+            if self.num_rows - self.args.n_step >= self.oldest:
+                self._prioritize([self.num_rows - self.args.n_step], self.max_priority)
+
+    def _prioritize(self, rows, priority: torch.Tensor) -> None:
+        for row in rows:
+            first = row % len(self.rewards) * self.args.num_envs
+            indices = torch.arange(first, first + self.args.num_envs, device=priority.device)
+            self.tree.update(indices, priority.expand(len(indices)))
+
+    def sample(self, beta: float, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw transitions that have all n steps; return their indices and weights [B]."""
+        count = (self.num_rows - self.args.n_step + 1 - self.oldest) * self.args.num_envs
+        size, device = (self.args.batch_size,), self.rewards.device
+        if not self.args.prioritized:
+            indices = torch.randint(count, size, generator=rng, device=device)
+            indices = (self.oldest * self.args.num_envs + indices) % self.rewards.numel()
+            return indices, torch.ones(size, device=device)
+        strata = torch.arange(*size, device=device)
+        uniform = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
+        indices, probabilities = self.tree.sample((strata + uniform) / len(strata))
+        weights = (count * probabilities) ** -beta  # section 3.4
+        return indices, (weights / weights.max()).float()
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Observations, actions, n-step rewards, discounts and last observations of transitions.
+
+        Rewards are summed until an episode ends; after a termination the discount is 0.
+        """
+        row, env = indices // self.args.num_envs, indices % self.args.num_envs
+        steps = torch.arange(self.args.n_step, device=row.device)
+        rows, columns = (row[:, None] + steps) % len(self.rewards), env[:, None]
+        ended = self.ends[rows, columns].any(2).int()
+        running = ended.cumsum(1) - ended == 0  # no end before this step
+        powers = self.args.gamma**steps
+        reward = (self.rewards[rows, columns] * powers * running).sum(1)
+        last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
+        discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
+        numbers = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
+        obs, next_obs = self.frames[numbers].split(4, 1)
+        return obs, self.actions[row, env], reward, discount, next_obs
+
+    def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
+        """Set priorities (|error| + 1e-6) ** alpha (equation 1, proportional)."""
+        priorities = (td_error.abs().double() + 1e-6) ** self.args.priority_alpha
+        self.max_priority = torch.maximum(self.max_priority, priorities.max())
+        self.tree.update(indices, priorities)
+
+    def state_dict(self) -> dict:
+        """Return what is filled."""
+        rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
+        arrays = ("stacks", "actions", "rewards", "ends")
+        state = {name: getattr(self, name)[:rows].clone() for name in arrays}
+        kept = self.frames[: frames + 1]
+        state["frames"] = kept.clone() if len(kept) < len(self.frames) else kept
+        state["needs"] = torch.from_numpy(self.needs.copy())
+        state["stack"] = None if self.stack is None else torch.from_numpy(self.stack.copy())
+        state["leaves"], state["max_priority"] = self.tree.leaves, self.max_priority
+        return state | {"counts": (self.num_frames, self.num_rows, self.oldest)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what state_dict returned."""
+        for name in ("stacks", "actions", "rewards", "ends", "frames"):
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.num_frames, self.num_rows, self.oldest = state["counts"]
+        self.needs[:] = state["needs"]
+        self.stack = None if state["stack"] is None else state["stack"].numpy()
+        self.tree.leaves.copy_(state["leaves"])
+        self.tree.sums = self.tree.leaves.sum(1)
+        self.max_priority = state["max_priority"].to(self.max_priority)
+
+
+def linear_schedule(start: float, end: float, progress: float) -> float:
+    """Go from `start` to `end` while `progress` goes from 0 to 1, and stay there."""
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+def td_target(reward, discount, next_q, choosing_q) -> torch.Tensor:
+    """Target [B] of the sum of rewards and what the best action [B, A] is then worth.
+
+    The target network both values and chooses that action (Mnih et al. 2015), or the Q-network
+    chooses (van Hasselt et al. 2016). `discount` is 0 after a termination, not at a time limit.
+    """
+    return reward + discount * next_q.gather(1, choosing_q.argmax(1, keepdim=True)).squeeze(1)
+
+
+def td_loss(q, target, weight, loss: str) -> torch.Tensor:
+    """Mean over a batch [B] of squared errors, or of Huber's, weighted for importance."""
+    error = F.huber_loss if loss == "huber" else F.mse_loss
+    return (weight * error(q, target, reduction="none")).mean()
+
+
+def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
+    """Return `update(parameters, targets, batch, weight)`: a gradient step in place.
+
+    It returns METRICS and the errors [B]. One graph, once compiled; the network is called with
+    pieces of the vectors `parameters` and `targets` as its weights.
+    """
+
+    def q_values(parameters, obs):
+        weights = tensors.unflatten(parameters, agent.critic)
+        return functional_call(agent.critic, weights, obs)
+
+    def update(parameters, targets, batch, weight):
+        obs, action, reward, discount, next_obs = batch
+        next_q = q_values(targets, next_obs)
+        choosing_q = q_values(parameters, next_obs) if args.double else next_q
+        target = td_target(reward, discount, next_q, choosing_q)
+
+        def loss(parameters):
+            q = q_values(parameters, obs).gather(1, action[:, None]).squeeze(1)
+            return td_loss(q, target, weight, args.loss), q
+
+        gradient, (value, q) = grad_and_value(loss, has_aux=True)(parameters)
+        if args.max_grad_norm:
+            gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+        optimizer.step(parameters, gradient, args.learning_rate)
+        return torch.stack((value, q.mean())), target - q
+
+    return update
+
+
+def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
+    """Return the environment's spaces; end with one line if an argument cannot work."""
+    runs.check_ranges(args)
+    for name in ("buffer_size", "total_timesteps"):
+        least = args.num_envs * (args.n_step if name == "buffer_size" else 1)
+        runs.require(getattr(args, name) >= least, args, name, f"be at least {least}")
+    spaces = envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py")
+    if len(spaces[0].shape) != 3 or spaces[0].dtype != np.uint8:
+        fail(f"{args.env_id} has no frames of bytes as observations; use ppo_discrete.py")
+    return spaces
+
+
+@torch.no_grad()
+def train(args: Args, checkpoint: dict | None = None) -> Path:
+    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    obs_space, action_space = check_args(args)
+    device = runs.setup_torch(args, faster="cuda")
+    rng = seeding.Streams(args.seed, ("action", "replay"), device)
+    agent = Agent(obs_space.shape, action_space, args).to(device)
+    parameters, targets = map(tensors.flatten_parameters, (agent.critic, agent.target))
+    optimizer = tensors.FlatAdam(parameters, eps=1e-8)
+    update = runs.compile_function(make_update(agent, optimizer, args), args)
+    environments = envs.Environments(args)
+    replay = Replay(args, obs_space.shape, device)
+    last_step = args.total_timesteps // args.num_envs * args.num_envs
+    parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
+    if args.checkpoint_replay:
+        parts["replay"] = replay
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+        global_step, obs = run.step, environments.obs
+        learning_starts = args.learning_starts
+        if global_step > 0 and not args.checkpoint_replay:
+            learning_starts += global_step
+            print(f"the replay was not saved: learning goes on at step {learning_starts:,}")
+        if replay.stack is None or environments.lost.any():
+            replay.start(obs)
+        noise = torch.zeros(args.num_envs, len(agent.actions), device=device)
+        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device), noise)
+        while global_step < last_step:
+            # a stretch of steps, at whose end there are logs, evaluations and checkpoints
+            start_step, metrics = global_step, []
+            while global_step < min(start_step + args.log_every, last_step):
+                global_step += args.num_envs
+                progress = global_step / (args.exploration_fraction * last_step + 1e-9)
+                epsilon = linear_schedule(args.start_e, args.end_e, progress)
+                explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
+                noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
+                action, env_action = act(torch.from_numpy(obs).to(device), noise)
+                environments.send(env_action)  # games go on while the network learns
+
+                before = max(global_step - args.num_envs, learning_starts)
+                for i in range(before // args.train_frequency, global_step // args.train_frequency):
+                    step = i * args.train_frequency
+                    beta = linear_schedule(args.priority_beta, 1.0, step / last_step)
+                    indices, weight = replay.sample(beta, rng["replay"])
+                    losses, error = update(parameters, targets, replay.batch(indices), weight)
+                    metrics.append(losses)
+                    if args.prioritized:
+                        replay.reprioritize(indices, error)
+                    if step % args.target_network_frequency < args.train_frequency:
+                        targets.lerp_(parameters, args.tau)
+
+                obs, reward, terminated, truncated, infos = environments.recv()
+                learned = np.sign(reward) if args.clip_reward else reward
+                replay.add(action, learned, terminated, truncated, obs, infos)
+            run.require_finite("the loss", parameters)
+            run.episodes(environments.finished_episodes())
+            losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
+            run.scalars(dict(zip(METRICS, losses)) | {"charts/epsilon": epsilon}, global_step)
+            if run.due(args.eval_every, global_step):
+                run.evaluate(agent, global_step)
+            if run.signal or run.due(args.checkpoint_every, global_step):
+                run.save(global_step)
+            run.progress(global_step)
+    environments.close()
+    return run.dir
+
+
+def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
+    """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
+    checkpoint = runs.load_run(run_dir, SCRIPT, name)
+    args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
+    action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
+    agent = Agent(weights["obs_shape"].tolist(), action_space, args)
+    tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
+    agent.load_state_dict(weights)
+    return agent
+
+
+def main() -> None:
+    """Train, resume or evaluate, as the command line says."""
+    args, checkpoint = runs.parse_args(Args, SCRIPT)
+    if args.evaluate:
+        check_args(args)
+        runs.evaluate(load_agent(args.evaluate), args)
+    else:
+        train(args, checkpoint)
+
+
+if __name__ == "__main__":
+    main()
