@@ -28,7 +28,7 @@ from common import envs, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
-# defaults for Atari, where they differ (Huang et al., the 9 Atari-specific details)
+# defaults that differ for Atari (Huang et al., the 9 Atari-specific details)
 ATARI = {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1}
 ATARI |= {"clip_reward": True, "hidden_sizes": ()}
 
@@ -138,21 +138,12 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
     return nn.Sequential(*hidden, layers[-1])
 
 
-def is_image(obs_shape: tuple[int, ...]) -> bool:
-    """Tell whether observations are stacks of frames [C, H, W], large enough for nature_cnn."""
-    return len(obs_shape) == 3 and min(obs_shape[1:]) >= 36
-
-
 def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
-    """Encoder of images [B, C, H, W] into [B, 512] (Mnih et al. 2015), with orthogonal weights."""
+    """Encoder of images [B, C, H, W] into [B, 512] (Mnih et al. 2015)."""
     layers = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
     layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()]
     size = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).shape[1]
-    layers += [nn.Linear(size, 512), nn.ReLU()]
-    for layer in layers[::2][:3] + layers[-2:-1]:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2))
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Linear(size, 512), nn.ReLU())
 
 
 class Agent(nn.Module):
@@ -161,7 +152,11 @@ class Agent(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
-        self.cnn = nature_cnn(obs_shape) if is_image(obs_shape) else None
+        self.cnn = nature_cnn(obs_shape) if len(obs_shape) == 3 else None
+        for layer in self.cnn or ():
+            if hasattr(layer, "weight"):
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                nn.init.zeros_(layer.bias)
         obs_size = 512 if self.cnn else obs_size
         self.actor = mlp([obs_size, *args.hidden_sizes, action_size], gain=0.01)
         self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
@@ -202,7 +197,7 @@ class Rollout:
     def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
         shape = args.num_steps, args.num_envs
         self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
-        if is_image(obs_space.shape):
+        if len(obs_space.shape) == 3:
             self.obs = self.obs.byte()
         self.noise = torch.zeros(*shape, gym.spaces.flatdim(action_space), device=device)
         self.rewards = np.zeros(shape)

@@ -181,6 +181,9 @@ def check_spaces(args, action_type: type, hint: str, bounded: bool = False) -> t
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
+    if action_type is gym.spaces.Discrete and len(obs_space.shape) == 3:
+        if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
+            fail(f"{args.env_id}: images must be of bytes, [C, H, W], and 36 pixels wide and high")
     return obs_space, action_space
 
 
