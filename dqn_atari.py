@@ -1,16 +1,14 @@
 """Deep Q-Network (DQN) for Atari, in one file, with the improvements that are best known.
 
-Learn what every action is worth, from random batches of a replay, against a copy of the network
-that follows only now and then; act greedily, but at random with probability epsilon. Mnih et al.
-2015, "Human-level control through deep reinforcement learning". Flags add one piece each: --double
-(van Hasselt et al. 2016), --dueling (Wang et al. 2016), --prioritized (Schaul et al. 2016) and
---n-step returns.
+Learn from random batches of a replay what each action is worth, with targets of a copy that follows
+now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, "Human-level
+control through deep reinforcement learning". A flag each adds --double (van Hasselt et al. 2016),
+--dueling (Wang et al. 2016), --prioritized (Schaul et al. 2016) and --n-step returns.
 
     python dqn_atari.py
     python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --double --dueling
 
-What to look at: charts/episodic_return rises as charts/epsilon falls, losses/q_values grow slowly
-and settle, losses/td_loss stays small.
+What to look at: charts/episodic_return rises as charts/epsilon falls, losses/q_values settle.
 """
 
 import copy
@@ -26,10 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 
-from common import envs, fail, runs, seeding, tensors
+from common import envs, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
-METRICS = ("td_loss", "q_values")
+METRICS = "td_loss q_values".split()
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Args:
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
-    checkpoint_every: int = 100_000
+    checkpoint_every: int = 50_000
     """environment steps between checkpoints; 0: only at the end and when stopped"""
     eval_every: int = 0
     """environment steps between evaluations; 0: only at the end"""
@@ -72,7 +70,7 @@ class Args:
     """episodes of an evaluation"""
 
     env_id: str = "ALE/Breakout-v5"
-    """Atari game, or my_module:MyEnv-v0 with frames [84, 84] of bytes, which imports my_module"""
+    """environment; my_module:MyEnv-v0 imports my_module first"""
     sticky_actions: float = 0.0
     """Atari: probability that a game repeats the action before instead"""
     total_timesteps: int = 10_000_000
@@ -84,11 +82,7 @@ class Args:
     learning_rate: float = 1e-4
     """Adam's learning rate"""
     buffer_size: int = 1_000_000
-    """transitions that the replay keeps, in 7.2 GB of memory for a million"""
-    checkpoint_replay: bool = False
-    """save the replay too, up to 7.2 GB; without it a resumed run first fills a new one"""
-    clip_reward: bool = True
-    """learn from the signs of rewards; what is logged is unclipped"""
+    """transitions that the replay keeps (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 1.0
@@ -101,6 +95,10 @@ class Args:
     """environment steps before learning begins"""
     train_frequency: int = 4
     """environment steps per update"""
+    checkpoint_replay: bool = False
+    """save the replay too; without it a resumed run first fills a new one"""
+    clip_reward: bool = True
+    """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
     """epsilon at the start: the probability of a random action"""
     end_e: float = 0.01
@@ -231,12 +229,12 @@ class Replay:
         self.tree = SumTree(math.prod(shape), device)
         self.max_priority = torch.ones((), dtype=torch.float64, device=device)
         self.needs = np.zeros(shape[0], np.int64)  # a row's oldest frame
-        self.stack = None  # numbers [N, 4] of the frames that the environments show now
+        self.shown = None  # numbers [N, 4] of the frames that the environments show now
         self.num_frames = self.num_rows = self.oldest = 0  # ever kept, ever added, first row left
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, 4, H, W]."""
-        self.stack = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
+        self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
 
     def _keep(self, frames: np.ndarray) -> np.ndarray:
         numbers = self.num_frames + np.arange(1, len(frames) + 1)
@@ -249,14 +247,15 @@ class Replay:
         return torch.from_numpy(slots).to(self.frames.device)
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
-        """Add a transition of every environment; `obs` [N, 4, H, W] are the next observations."""
+        """Add a transition of every environment; `obs` are the next observations."""
+        reward = np.sign(reward) if self.args.clip_reward else reward
         shown = self._keep(obs[:, -1])
         led_to = shown.copy()
         if truncated.any():  # to a last frame that `obs` does not show anymore
             led_to[truncated] = self._keep(np.stack([x[-1] for x in infos["final_obs"][truncated]]))
-        numbers = np.column_stack((self.stack, led_to))
-        self.stack = np.column_stack((self.stack[:, 1:], shown))
-        self.stack[infos["over"], :-1] = 0
+        numbers = np.column_stack((self.shown, led_to))
+        self.shown = np.column_stack((self.shown[:, 1:], shown))
+        self.shown[infos["over"], :-1] = 0
 
         row = self.num_rows % len(self.rewards)
         self.stacks[row] = self._slots(numbers)
@@ -317,6 +316,11 @@ class Replay:
         self.max_priority = torch.maximum(self.max_priority, priorities.max())
         self.tree.update(indices, priorities)
 
+    def latest(self, count: int) -> torch.Tensor:
+        """Return the rewards of the last rows, with at least `count` transitions."""
+        rows = torch.arange(self.num_rows - -(-count // self.args.num_envs), self.num_rows)
+        return self.rewards[rows % len(self.rewards)]
+
     def state_dict(self) -> dict:
         """Return what is filled."""
         rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
@@ -325,7 +329,7 @@ class Replay:
         kept = self.frames[: frames + 1]
         state["frames"] = kept.clone() if len(kept) < len(self.frames) else kept
         state["needs"] = torch.from_numpy(self.needs.copy())
-        state["stack"] = None if self.stack is None else torch.from_numpy(self.stack.copy())
+        state["stack"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
         state["leaves"], state["max_priority"] = self.tree.leaves, self.max_priority
         return state | {"counts": (self.num_frames, self.num_rows, self.oldest)}
 
@@ -335,7 +339,7 @@ class Replay:
             getattr(self, name)[: len(state[name])] = state[name]
         self.num_frames, self.num_rows, self.oldest = state["counts"]
         self.needs[:] = state["needs"]
-        self.stack = None if state["stack"] is None else state["stack"].numpy()
+        self.shown = None if state["stack"] is None else state["stack"].numpy()
         self.tree.leaves.copy_(state["leaves"])
         self.tree.sums = self.tree.leaves.sum(1)
         self.max_priority = state["max_priority"].to(self.max_priority)
@@ -362,31 +366,31 @@ def td_loss(q, target, weight, loss: str) -> torch.Tensor:
 
 
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
-    """Return `update(parameters, targets, batch, weight)`: a gradient step in place.
+    """Return `update`, a gradient step in place that returns METRICS and the errors [B].
 
-    It returns METRICS and the errors [B]. One graph, once compiled; the network is called with
-    pieces of the vectors `parameters` and `targets` as its weights.
+    It is one graph, once compiled; the network is called with pieces of the vectors `critic` and
+    `target` as weights.
     """
 
-    def q_values(parameters, obs):
+    def q_values(parameters, *inputs):
         weights = tensors.unflatten(parameters, agent.critic)
-        return functional_call(agent.critic, weights, obs)
+        return functional_call(agent.critic, weights, inputs)
 
-    def update(parameters, targets, batch, weight):
+    def update(critic, target, batch, weight):
         obs, action, reward, discount, next_obs = batch
-        next_q = q_values(targets, next_obs)
-        choosing_q = q_values(parameters, next_obs) if args.double else next_q
-        target = td_target(reward, discount, next_q, choosing_q)
+        next_q = q_values(target, next_obs)
+        choosing_q = q_values(critic, next_obs) if args.double else next_q
+        wanted = td_target(reward, discount, next_q, choosing_q)
 
-        def loss(parameters):
-            q = q_values(parameters, obs).gather(1, action[:, None]).squeeze(1)
-            return td_loss(q, target, weight, args.loss), q
+        def loss(critic):
+            q = q_values(critic, obs).gather(1, action[:, None]).squeeze(1)
+            return td_loss(q, wanted, weight, args.loss), q
 
-        gradient, (value, q) = grad_and_value(loss, has_aux=True)(parameters)
+        gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         if args.max_grad_norm:
             gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        optimizer.step(parameters, gradient, args.learning_rate)
-        return torch.stack((value, q.mean())), target - q
+        optimizer.step(critic, gradient, args.learning_rate)
+        return torch.stack((value, q.mean())), wanted - q
 
     return update
 
@@ -395,12 +399,11 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
     for name in ("buffer_size", "total_timesteps"):
-        least = args.num_envs * (args.n_step if name == "buffer_size" else 1)
-        runs.require(getattr(args, name) >= least, args, name, f"be at least {least}")
-    spaces = envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py")
-    if len(spaces[0].shape) != 3 or spaces[0].dtype != np.uint8:
-        fail(f"{args.env_id} has no frames of bytes as observations; use ppo_discrete.py")
-    return spaces
+        fits = getattr(args, name) >= args.num_envs
+        runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
+    fits = args.n_step <= args.buffer_size // args.num_envs
+    runs.require(fits, args, "n_step", "fit into the replay of each environment")
+    return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
 @torch.no_grad()
@@ -410,25 +413,24 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     device = runs.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    parameters, targets = map(tensors.flatten_parameters, (agent.critic, agent.target))
-    optimizer = tensors.FlatAdam(parameters, eps=1e-8)
-    update = runs.compile_function(make_update(agent, optimizer, args), args)
-    environments = envs.Environments(args)
+    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
+    optimizer = tensors.FlatAdam(critic, eps=1e-8)
+    environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     replay = Replay(args, obs_space.shape, device)
+    update = runs.compile_function(make_update(agent, optimizer, args), args)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     if args.checkpoint_replay:
         parts["replay"] = replay
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
-        global_step, obs = run.step, environments.obs
-        learning_starts = args.learning_starts
+        global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if global_step > 0 and not args.checkpoint_replay:
             learning_starts += global_step
             print(f"the replay was not saved: learning goes on at step {learning_starts:,}")
-        if replay.stack is None or environments.lost.any():
+        if replay.shown is None or environments.lost.any():
             replay.start(obs)
-        noise = torch.zeros(args.num_envs, len(agent.actions), device=device)
-        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device), noise)
+        noise = torch.zeros(args.num_envs, action_size, device=device)
+        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
             start_step, metrics = global_step, []
@@ -438,25 +440,25 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 epsilon = linear_schedule(args.start_e, args.end_e, progress)
                 explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
                 noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
-                action, env_action = act(torch.from_numpy(obs).to(device), noise)
-                environments.send(env_action)  # games go on while the network learns
+                action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
+                environments.send(env_action)  # where they can, they step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)
                 for i in range(before // args.train_frequency, global_step // args.train_frequency):
                     step = i * args.train_frequency
                     beta = linear_schedule(args.priority_beta, 1.0, step / last_step)
                     indices, weight = replay.sample(beta, rng["replay"])
-                    losses, error = update(parameters, targets, replay.batch(indices), weight)
+                    losses, error = update(critic, target, replay.batch(indices), weight)
                     metrics.append(losses)
                     if args.prioritized:
                         replay.reprioritize(indices, error)
                     if step % args.target_network_frequency < args.train_frequency:
-                        targets.lerp_(parameters, args.tau)
+                        target.lerp_(critic, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
-                learned = np.sign(reward) if args.clip_reward else reward
-                replay.add(action, learned, terminated, truncated, obs, infos)
-            run.require_finite("the loss", parameters)
+                replay.add(action, reward, terminated, truncated, obs, infos)
+            run.require_finite("a reward or observation", replay.latest(global_step - start_step))
+            run.require_finite("the loss", critic)
             run.episodes(environments.finished_episodes())
             losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
             run.scalars(dict(zip(METRICS, losses)) | {"charts/epsilon": epsilon}, global_step)

@@ -1,15 +1,13 @@
 """Soft Actor-Critic (SAC), in one file.
 
-Keep every transition; learn from random batches of them what an action is worth (two Q-networks, of
-which the smaller counts); move the policy towards actions that are worth more while it stays random
-enough: reward plus alpha times entropy, with alpha tuned to a target entropy. Haarnoja et al. 2018,
-"Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905.
+Learn from random batches of a replay what an action is worth, as the smaller of two Q-networks has
+it; move the policy towards better actions while it stays as random as a target entropy asks for.
+Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905.
 
     python sac_continuous.py
     python sac_continuous.py --env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 1000
 
-What to look at: charts/episodic_return rises, losses/alpha falls and settles, losses/entropy nears
-minus the number of action dimensions, losses/q_values follow the return and do not run away.
+What to look at: losses/alpha falls and settles, losses/entropy nears minus the action dimensions.
 """
 
 import copy
@@ -23,13 +21,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value
+from torch.func import functional_call, grad_and_value
 
 from common import envs, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
-METRICS = ("qf_loss", "q_values"), ("actor_loss", "entropy", "alpha")  # of the two updates
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+METRICS = "qf_loss q_values actor_loss entropy alpha".split()
 
 
 @dataclass
@@ -79,26 +76,28 @@ class Args:
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
     """step the environments in this process, or each in a process of its own"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay keeps; a checkpoint holds them (HalfCheetah: 170 MB)"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """how far the target networks move towards the Q-networks"""
-    batch_size: int = 256
-    """transitions in a batch"""
-    learning_starts: int = 5000
-    """environment steps with random actions before learning begins"""
-    utd_ratio: float = 1.0
-    """updates per environment step"""
     policy_lr: float = 3e-4
     """learning rate of the policy"""
     q_lr: float = 1e-3
     """learning rate of the Q-networks and of alpha"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay keeps (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """how far the target network moves towards the Q-network"""
+    target_network_frequency: int = 1
+    """environment steps between moves of the target network"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    learning_starts: int = 5000
+    """environment steps before learning begins"""
+    checkpoint_replay: bool = True
+    """save the replay too; without it a resumed run first fills a new one"""
+    utd_ratio: float = 1.0
+    """updates per environment step"""
     policy_frequency: int = 2
     """update the policy after this many updates of the Q-networks, as many times (TD3's delay)"""
-    target_network_frequency: int = 1
-    """updates of the Q-networks between moves of the target networks"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -112,6 +111,8 @@ class Args:
 class Actor(nn.Module):
     """Gaussian policy of observations [B, *obs_shape]: mean and log-std, each [B, A]."""
 
+    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
     def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
         sizes = [obs_size, *hidden_sizes]
@@ -121,10 +122,10 @@ class Actor(nn.Module):
         self.log_std = nn.Linear(sizes[-1], action_size)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-std, which is squashed between LOG_STD_MIN and LOG_STD_MAX."""
+        """Mean and log-std, which is squashed into its bounds."""
         x = self.hidden(obs)
         share = (self.log_std(x).tanh() + 1) / 2
-        return self.mean(x), LOG_STD_MIN + (LOG_STD_MAX - LOG_STD_MIN) * share
+        return self.mean(x), self.LOG_STD_MIN + (self.LOG_STD_MAX - self.LOG_STD_MIN) * share
 
 
 class TwinLinear(nn.Module):
@@ -141,7 +142,7 @@ class TwinLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-class Critics(nn.Module):
+class TwinQNetwork(nn.Module):
     """Two Q-networks of observations and actions in [-1, 1]: values [2, B]."""
 
     def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
@@ -157,16 +158,17 @@ class Critics(nn.Module):
 
 
 class Agent(nn.Module):
-    """Actor, twin Q-networks and their targets, and the logarithm of alpha."""
+    """Actor, twin Q-networks and their target networks, and the logarithm of alpha."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
         self.actor = Actor(obs_size, action_size, args.hidden_sizes)
-        self.critics = Critics(obs_size, action_size, args.hidden_sizes)
-        self.targets = copy.deepcopy(self.critics)
+        self.critic = TwinQNetwork(obs_size, action_size, args.hidden_sizes)
+        self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
         self.register_buffer("log_alpha", torch.tensor([log_alpha]))
+        self.register_buffer("obs_shape", torch.tensor(obs_shape))
         self.register_buffer("low", torch.from_numpy(action_space.low).float())
         self.register_buffer("high", torch.from_numpy(action_space.high).float())
 
@@ -194,36 +196,49 @@ class Replay:
     The next observation is the one that the step led to, never the one after a reset.
     """
 
-    def __init__(self, size: int, obs_size: int, action_size: int, device):
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], action_size: int, device):
+        obs_size, size = math.prod(obs_shape), args.buffer_size // args.num_envs * args.num_envs
         self.columns = obs_size, action_size, 1, 1, obs_size
         self.rows = torch.zeros(size, sum(self.columns), device=device)
-        self.count = 0  # of all transitions ever added
+        self.num_rows, self.batch_size = 0, (args.batch_size,)  # rows ever added
+        self.shown = None  # observations [N, O] that the environments wait with
 
-    def add(self, *transitions: np.ndarray) -> None:
-        """Add a transition of every environment, whose number divides the size."""
-        parts = [np.reshape(x, (len(x), -1)) for x in transitions]
-        begin = self.count % len(self.rows)
+    def start(self, obs: np.ndarray) -> None:
+        """Begin with observations [N, *obs_shape]."""
+        self.shown = obs.reshape(len(obs), -1).astype(np.float32)
+
+    def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
+        """Add a transition of every environment; `obs` are the next observations."""
+        before, led_to = self.shown, obs.copy()
+        self.start(obs)
+        for n in np.flatnonzero(terminated | truncated):  # the last one, which `obs` has no more
+            led_to[n] = infos["final_obs"][n]
+        parts = before, action, reward, terminated, led_to
+        parts = [np.reshape(part, (len(obs), -1)) for part in parts]
         rows = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
+        begin = self.num_rows % len(self.rows)
         self.rows[begin : begin + len(rows)] = rows
-        self.count += len(rows)
+        self.num_rows += len(rows)
 
-    def sample(self, batch_size: int, rng: torch.Generator) -> torch.Tensor:
+    def sample(self, rng: torch.Generator) -> torch.Tensor:
         """Draw the indices of a batch, uniformly."""
-        filled = min(self.count, len(self.rows))
-        return torch.randint(filled, (batch_size,), generator=rng, device=self.rows.device)
+        filled = min(self.num_rows, len(self.rows))
+        return torch.randint(filled, self.batch_size, generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
         """Return the last `count` rows, or as many as there are."""
-        return self.rows[torch.arange(self.count - count, self.count) % len(self.rows)]
+        return self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
 
     def state_dict(self) -> dict:
         """Return what is filled."""
-        return {"count": self.count, "rows": self.rows[: self.count].clone()}
+        obs = None if self.shown is None else torch.from_numpy(self.shown)
+        return {"num_rows": self.num_rows, "rows": self.rows[: self.num_rows].clone(), "obs": obs}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what state_dict returned."""
-        self.count = state["count"]
-        self.rows[: self.count] = state["rows"]
+        self.num_rows = state["num_rows"]
+        self.rows[: self.num_rows] = state["rows"]
+        self.shown = None if state["obs"] is None else state["obs"].numpy()
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
@@ -267,50 +282,49 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 
 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
-    """Return `update_critics` and `update_actor`, steps in place that return metrics.
+    """Return `update_critic` and `update_actor`, gradient steps in place that return METRICS.
 
-    Each is one graph, once compiled, of functions of vectors: networks are called with pieces of
-    `critics`, `targets` and `actor` as weights. Noise comes from outside, as a compiled graph draws
-    from a generator of its own.
+    Each is one graph, once compiled; networks are called with pieces of the vectors `critic`,
+    `target` and `actor` as weights. Noise comes from outside: a compiled graph has its own.
     """
 
-    def q_values(parameters, obs, action):
-        weights = tensors.unflatten(parameters, agent.critics)
-        return functional_call(agent.critics, weights, (obs, action))
+    def q_values(parameters, *inputs):
+        weights = tensors.unflatten(parameters, agent.critic)
+        return functional_call(agent.critic, weights, inputs)
 
     def act(parameters, obs, noise):
         policy = functional_call(agent.actor, tensors.unflatten(parameters, agent.actor), obs)
         return sample_with_log_prob(policy, noise)
 
-    def update_critics(critics, targets, actor, log_alpha, rows, indices, noise):
+    def update_critic(critic, target, actor, log_alpha, rows, indices, noise):
         obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
         next_action, log_prob = act(actor, next_obs, noise)
-        next_q, alpha = q_values(targets, next_obs, next_action), log_alpha.exp()
-        target = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
+        next_q, alpha = q_values(target, next_obs, next_action), log_alpha.exp()
+        wanted = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
-        def loss(critics):
-            q = q_values(critics, obs, action)
-            return critic_loss(q, target), q.mean()
+        def loss(critic):
+            q = q_values(critic, obs, action)
+            return critic_loss(q, wanted), q
 
-        gradient, (qf_loss, mean_q) = grad_and_value(loss, has_aux=True)(critics)
-        optimizer["critics"].step(critics, gradient, args.q_lr)
-        return torch.stack((qf_loss / 2, mean_q))
+        gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
+        optimizer["critic"].step(critic, gradient, args.q_lr)
+        return torch.stack((value / 2, q.mean()))
 
-    def update_actor(critics, actor, log_alpha, rows, indices, noise):
+    def update_actor(critic, actor, log_alpha, rows, indices, noise):
         obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
 
         def loss(actor):
             action, log_prob = act(actor, obs, noise)
-            return actor_loss(q_values(critics, obs, action), log_prob, alpha), log_prob
+            return actor_loss(q_values(critic, obs, action), log_prob, alpha), log_prob
 
         gradient, (value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
         optimizer["actor"].step(actor, gradient, args.policy_lr)
         if args.autotune:
-            gradient = grad(alpha_loss)(log_alpha, log_prob, -noise.shape[1])
+            gradient, _ = grad_and_value(alpha_loss)(log_alpha, log_prob, -noise.shape[1])
             optimizer["alpha"].step(log_alpha, gradient, args.q_lr)
         return torch.stack((value, -log_prob.mean(), alpha[0]))
 
-    return update_critics, update_actor
+    return update_critic, update_actor
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
@@ -318,7 +332,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     runs.check_ranges(args)
     for name in ("buffer_size", "total_timesteps"):
         fits = getattr(args, name) >= args.num_envs
-        runs.require(fits, args, name, f"be at least {args.num_envs}, one of each environment")
+        runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
@@ -329,61 +343,61 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     device = runs.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    networks = agent.critics, agent.targets, agent.actor
-    critics, targets, actor = (tensors.flatten_parameters(network) for network in networks)
-    learned = {"critics": critics, "actor": actor, "alpha": agent.log_alpha}
+    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
+    actor, log_alpha = tensors.flatten_parameters(agent.actor), agent.log_alpha
+    learned = {"critic": critic, "actor": actor, "alpha": log_alpha}
     optimizer = nn.ModuleDict({name: tensors.FlatAdam(x, eps=1e-8) for name, x in learned.items()})
-    environments = envs.Environments(args)
-    size, action_size = args.buffer_size, gym.spaces.flatdim(action_space)
-    replay = Replay(size - size % args.num_envs, math.prod(obs_space.shape), action_size, device)
+    environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
+    replay = Replay(args, obs_space.shape, action_size, device)
     updates = make_updates(agent, optimizer, replay.columns, args)
-    update_critics, update_actor = (runs.compile_function(update, args) for update in updates)
+    update_critic, update_actor = (runs.compile_function(update, args) for update in updates)
+    batch_noise = torch.zeros(args.batch_size, action_size, device=device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts | {"replay": replay}) as run:
-        global_step, obs = run.step, environments.obs.astype(np.float32)
+    if args.checkpoint_replay:
+        parts["replay"] = replay
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+        global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
+        if global_step > 0 and not args.checkpoint_replay:
+            learning_starts += global_step
+            print(f"the replay was not saved: learning goes on at step {learning_starts:,}")
+        if replay.shown is None or environments.lost.any():
+            replay.start(obs)
         noise = torch.zeros(args.num_envs, action_size, device=device)
-        batch_noise = torch.zeros(args.batch_size, action_size, device=device)
-        act = tensors.to_numpy(agent.sample, torch.tensor(obs).to(device), noise)
+        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
-            start_step, critic_metrics, actor_metrics = global_step, [], []
+            start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
                 if global_step <= args.learning_starts:
-                    action = noise.uniform_(-1, 1, generator=rng["action"])
-                    env_action = agent.env_action(action).cpu().numpy()
-                    action = action.cpu().numpy()
+                    action = noise.uniform_(-1, 1, generator=rng["action"]).cpu().numpy()
+                    env_action = agent.env_action(noise).cpu().numpy()
                 else:
                     noise.normal_(generator=rng["action"])
-                    action, env_action = act(torch.from_numpy(obs).to(device), noise)
-                next_obs, reward, terminated, truncated, infos = environments.step(env_action)
-                last_obs = next_obs = next_obs.astype(np.float32)
-                if (ended := terminated | truncated).any():
-                    last_obs = next_obs.copy()
-                    last_obs[ended] = np.stack(infos["final_obs"][ended])
-                replay.add(obs, action, reward, terminated, last_obs)
-                obs = next_obs
+                    action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
+                environments.send(env_action)  # where they can, they step while the network learns
 
-                # as many updates as --utd-ratio says
-                before = max(global_step - args.num_envs, args.learning_starts)
+                before = max(global_step - args.num_envs, learning_starts)
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
-                    batch = replay.rows, replay.sample(args.batch_size, rng["replay"])
-                    batch = agent.log_alpha, *batch, batch_noise
+                    batch = log_alpha, replay.rows, replay.sample(rng["replay"]), batch_noise
                     batch_noise.normal_(generator=rng["replay"])
-                    critic_metrics.append(update_critics(critics, targets, actor, *batch))
+                    losses = update_critic(critic, target, actor, *batch)
                     if i % args.policy_frequency == 0:
                         for _ in range(args.policy_frequency):
                             batch_noise.normal_(generator=rng["replay"])
-                            actor_metrics.append(update_actor(critics, actor, *batch))
-                    if i % args.target_network_frequency == 0:
-                        targets.lerp_(critics, args.tau)
+                            policy_losses = update_actor(critic, actor, *batch)
+                        metrics.append(torch.cat((losses, policy_losses)))
+                    if int(i / args.utd_ratio) % args.target_network_frequency == 0:
+                        target.lerp_(critic, args.tau)
+
+                obs, reward, terminated, truncated, infos = environments.recv()
+                replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
-            run.require_finite("the loss", critics, actor, agent.log_alpha)
+            run.require_finite("the loss", critic, actor, log_alpha)
             run.episodes(environments.finished_episodes())
-            for names, metrics in zip(METRICS, (critic_metrics, actor_metrics)):
-                losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
-                run.scalars(dict(zip(names, losses)), global_step)
+            losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
+            run.scalars(dict(zip(METRICS, losses)), global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
@@ -398,7 +412,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     checkpoint = runs.load_run(run_dir, SCRIPT, name)
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Box(weights["low"].numpy(), weights["high"].numpy())
-    agent = Agent(weights["actor.hidden.1.weight"].shape[1:], action_space, args)
+    agent = Agent(weights["obs_shape"].tolist(), action_space, args)
     tensors.flatten_parameters(agent.actor)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
     return agent

@@ -163,7 +163,7 @@ class Environments:
         self.vector_env.close()
 
 
-def check_spaces(args, action_type: type, hint: str, bounded: bool = False) -> tuple:
+def check_spaces(args, action_type: type, hint: str, bounded=False, images=False) -> tuple:
     """Return the observation and action space, or end with one line if they do not fit."""
     if args.capture_video:
         prepare_video()
@@ -181,6 +181,8 @@ def check_spaces(args, action_type: type, hint: str, bounded: bool = False) -> t
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
+    if images and len(obs_space.shape) != 3:
+        fail(f"{args.env_id} has no frames of bytes as observations; use ppo_discrete.py")
     if action_type is gym.spaces.Discrete and len(obs_space.shape) == 3:
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             fail(f"{args.env_id}: images must be of bytes, [C, H, W], and 36 pixels wide and high")
