@@ -329,7 +329,7 @@ class Replay:
         kept = self.frames[: frames + 1]
         state["frames"] = kept.clone() if len(kept) < len(self.frames) else kept
         state["needs"] = torch.from_numpy(self.needs.copy())
-        state["stack"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
+        state["shown"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
         state["leaves"], state["max_priority"] = self.tree.leaves, self.max_priority
         return state | {"counts": (self.num_frames, self.num_rows, self.oldest)}
 
@@ -339,7 +339,7 @@ class Replay:
             getattr(self, name)[: len(state[name])] = state[name]
         self.num_frames, self.num_rows, self.oldest = state["counts"]
         self.needs[:] = state["needs"]
-        self.shown = None if state["stack"] is None else state["stack"].numpy()
+        self.shown = None if state["shown"] is None else state["shown"].numpy()
         self.tree.leaves.copy_(state["leaves"])
         self.tree.sums = self.tree.leaves.sum(1)
         self.max_priority = state["max_priority"].to(self.max_priority)
@@ -398,11 +398,11 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
-    for name in ("buffer_size", "total_timesteps"):
+    for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
-    fits = args.n_step <= args.buffer_size // args.num_envs
-    runs.require(fits, args, "n_step", "fit into the replay of each environment")
+    fits = args.n_step <= min(args.buffer_size, args.learning_starts) // args.num_envs
+    runs.require(fits, args, "n_step", "fit into the replay, and before --learning-starts")
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 

@@ -330,7 +330,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
-    for name in ("buffer_size", "total_timesteps"):
+    for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)

@@ -13,6 +13,27 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
+import ppo_continuous  # noqa: E402
+import ppo_discrete  # noqa: E402
+from common import runs  # noqa: E402
+
+
+@pytest.fixture(params=[ppo_continuous, ppo_discrete], ids=lambda module: module.SCRIPT)
+def ppo(request):
+    """Each of the two scripts."""
+    return request.param
+
+
+def flags(**kwargs) -> list[str]:
+    """Spell arguments as on a command line."""
+    words = []
+    for name, value in kwargs.items():
+        if isinstance(value, bool):
+            words.append(runs.flag(name if value else "no_" + name))
+        else:
+            words += [runs.flag(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
 
 def command(*args) -> list[str]:
     return [sys.executable, *(str(arg) for arg in args)]

@@ -12,9 +12,10 @@ CASES = {
     "--env-id Nope-v3": "Nope",
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id CartPole-v1": "discrete actions; use ppo_discrete.py",
+    "--env-id ALE/Breakout-v5": "discrete actions; use ppo_discrete.py",
     "--env-id toy_envs:Flags-v0": "multibinary actions",
     "--env-id toy_envs:Words-v0": "Dict observations",
-    "--env-id toy_envs:Unbounded-v0 --squash": "--squash",
+    "--env-id toy_envs:Unbounded-v0 --squash": "actions without bounds",
     "--num-envs 0": "at least 1",
     "--num-steps -5": "at least 1",
     "--total-timesteps 0": "at least 1",
@@ -33,7 +34,7 @@ CASES = {
     "--hidden-sizes 64 0": "--hidden-sizes",
     "--seed -1": "--seed",
     "--eval-episodes 0": "--eval-episodes",
-    "--num-threads 0": "--num-threads",
+    "--num-threads -1": "--num-threads",
     "--checkpoint-every -1": "--checkpoint-every",
     "--resume nowhere": "not a run folder",
     "--evaluate nowhere": "not a run folder",
@@ -45,10 +46,24 @@ CASES = {
 }
 if not torch.cuda.is_available():
     CASES["--device cuda"] = "no CUDA device"
+# what is different in ppo_discrete.py
+DISCRETE_CASES = {
+    "--env-id Pendulum-v1": "continuous actions; use ppo_continuous.py",
+    "--env-id toy_envs:Flags-v0": "multibinary actions",
+    "--env-id toy_envs:Words-discrete-v0": "Dict observations",
+    "--env-id toy_envs:Pictures-v0": "images must be of bytes",
+    "--env-id ALE/Nope-v5": "Nope",
+    "--total-timesteps 511": "at least 512",
+    "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 512 samples",
+    "--num-minibatches 3 --env-id ALE/Pong-v5": "--num-minibatches 3: must divide a rollout's 1024",
+    "--sticky-actions 1.5": "from 0 to 1",
+}
+ALL = [("ppo_continuous.py", *case) for case in CASES.items()]
+ALL += [("ppo_discrete.py", *case) for case in DISCRETE_CASES.items()]
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
+@pytest.mark.parametrize("script, words, why", ALL, ids=[" ".join(x[:2]) for x in ALL])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, words, why):
     (tmp_path / "taken").mkdir()
     for package in ("wandb", "moviepy"):  # as if not installed
         (tmp_path / "hidden" / package).mkdir(parents=True)
@@ -56,7 +71,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT / 'tests'}"}
     start = time.perf_counter()
     done = subprocess.run(
-        command(ROOT / "ppo_continuous.py", *words.split()),
+        command(ROOT / script, *words.split()),
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -64,43 +79,42 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
     )
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and CASES[words] in lines[0], (
-        done.stderr
-    )
+    assert len(lines) == 1 and lines[0].startswith("error: ") and why in lines[0], done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "hidden"}
     assert time.perf_counter() - start < 30  # a hang, not a speed
 
 
-def test_unknown_flags_are_refused(tmp_path):
-    done = run_script("ppo_continuous.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
-    assert (
-        done.returncode == 2 and "--learning-rate" in done.stderr and not list(tmp_path.iterdir())
-    )
+def test_unknown_flags_are_refused(tmp_path, ppo):
+    done = run_script(f"{ppo.SCRIPT}.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--learning-rate" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
     run = tmp_path / "r"
-    arguments = "--env-id Pendulum-v1 --total-timesteps 128 --num-steps 32 --num-minibatches 2 --update-epochs 1"
-    run_script(
-        "ppo_continuous.py", *arguments.split(), "--no-compile", "--run-dir", run, cwd=tmp_path
-    )
+    words = "--env-id Pendulum-v1 --total-timesteps 128 --num-steps 32 --num-minibatches 2 "
+    words += "--update-epochs 1 --eval-episodes 1 --no-compile --run-dir r"
+    run_script("ppo_continuous.py", *words.split(), cwd=tmp_path)
     whole = (run / "checkpoint.pt").read_bytes()
     refused = (
         (whole[:1000], "--resume r", "damaged"),
         (b"", "--evaluate r", "empty"),
-        (whole, "--resume r --total-timesteps 999", "annealed over"),
+        (whole, "--resume r --total-timesteps 999", "--anneal-lr depends on it"),
         (whole, "--resume r --learning-rate 1", "takes --learning-rate from the run"),
         (whole, "--evaluate r --eval-every 5", "takes --eval-every from the run"),
+        (whole, "--evaluate r --no-compile", "takes --compile from the run"),
     )
     for content, words, why in refused:
         (run / "checkpoint.pt").write_bytes(content)
         done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path, check=False)
-        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, (
-            done.stderr
-        )
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert why in done.stderr
         assert (run / "checkpoint.pt").read_bytes() == content
+    done = run_script("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"
 
 
-def test_help_says_what_every_flag_does(tmp_path):
-    text = run_script("ppo_continuous.py", "--help", cwd=tmp_path).stdout
-    assert "--env-id" in text and "HalfCheetah-v5" in text and "generalised advantage" in text
+def test_help_says_what_every_flag_does(tmp_path, ppo):
+    text = run_script(f"{ppo.SCRIPT}.py", "--help", cwd=tmp_path).stdout
+    assert "--env-id" in text and ppo.Args.env_id in text and "generalised advantage" in text

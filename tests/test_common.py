@@ -1,20 +1,19 @@
-"""Environments, seeding and checkpoints."""
+"""Environments, seeding, checkpoints and parameters."""
 
+from types import SimpleNamespace
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from conftest import assert_same
 
 from common import envs, runs
-from common.checkpoint import (
-    CheckpointError,
-    from_plain,
-    load_checkpoint,
-    save_checkpoint,
-    to_plain,
-)
-from common.seeding import STREAMS, env_seeds, stream_seed
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.seeding import STREAMS, stream_seed
 from common.tensors import flatten_parameters
+from ppo_continuous import Args
 
 MUJOCO = [
     "Ant-v5",
@@ -32,78 +31,147 @@ MUJOCO = [
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
 
 
+def make(env_id: str, num_envs: int = 2, seed: int = 1, vectorization: str = "sync"):
+    args = Args(env_id=env_id, num_envs=num_envs, seed=seed, vectorization=vectorization)
+    return envs.Environments(args)
+
+
+def sample_actions(environments, steps: int) -> list[np.ndarray]:
+    space = environments.vector_env.action_space
+    space.seed(1)
+    return [space.sample() for _ in range(steps)]
+
+
+def play(environments, actions: list[np.ndarray]) -> list[list[np.ndarray]]:
+    return [[np.copy(x) for x in environments.step(action)[:4]] for action in actions]
+
+
 @pytest.mark.parametrize(
     "env_id, vectorization",
     [
         *((env_id, "sync") for env_id in [*MUJOCO, *CLASSIC]),
         ("toy_envs:Shaped-v0", "sync"),
-        ("toy_envs:Pair-v0", "sync"),
+        ("toy_envs:Buttons-v0", "sync"),
+        ("toy_envs:Opaque-v0", "sync"),
+        ("pixel_envs:Catch-v0", "sync"),
         ("Hopper-v5", "async"),
+        ("CartPole-v1", "async"),
     ],
 )
-def test_an_environment_goes_on_exactly_from_its_snapshot(env_id, vectorization, tmp_path):
+def test_environments_are_found_again_exactly(env_id, vectorization, tmp_path, capsys):
     """Observations, rewards and ends, through resets, in environments made anew."""
-
-    def make():
-        vector_env = envs.make_vector_env(env_id, 2, vectorization)
-        vector_env.reset(seed=env_seeds(1, 2))
-        vector_env.action_space.seed(1)
-        return vector_env
-
-    first = make()
-    actions = [first.action_space.sample() for _ in range(300)]
-    for action in actions[:47]:
-        obs = np.copy(first.step(action)[0])
-    save_checkpoint(tmp_path / "c", envs.save_envs(first, envs.EpisodeStatistics(2), obs))
-    expected = [[np.copy(x) for x in first.step(action)[:4]] for action in actions[47:]]
-    second = make()
-    for action in actions[:5]:  # elsewhere by now
-        second.step(action)
-    pending = np.zeros_like(obs)
-    assert not envs.load_envs(
-        second, envs.EpisodeStatistics(2), pending, load_checkpoint(tmp_path / "c")
-    ).any()
-    np.testing.assert_array_equal(pending, obs)
-    for action, want in zip(actions[47:], expected):
-        for got, value in zip(second.step(action)[:4], want):
-            np.testing.assert_array_equal(got, value)
+    first, second = (make(env_id, vectorization=vectorization) for _ in range(2))
+    actions = sample_actions(first, 300)
+    play(first, actions[:47])
+    first.finished_episodes()
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    pending = first.obs.copy()
+    expected = play(first, actions[47:])
+    play(second, actions[5:10])  # elsewhere by now
+    second.finished_episodes()
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    assert not second.lost.any() and not capsys.readouterr().out
+    np.testing.assert_array_equal(second.obs, pending)
+    assert_same(play(second, actions[47:]), expected)
+    rest = first.finished_episodes()
+    assert second.finished_episodes() == rest
+    ends = sum(sum(a | b) for *_, a, b in expected)
+    assert len(rest) == ends
+    assert rest or env_id not in ("Hopper-v5", "CartPole-v1", "toy_envs:Opaque-v0")
     first.close()
     second.close()
 
 
-def test_vector_environments_reset_in_the_step_that_ends_an_episode():
-    """No false transition between episodes, and the real last observation at hand."""
-    for vectorization in ("sync", "async"):
-        vector_env = envs.make_vector_env("toy_envs:Counter-truncated-v0", 2, vectorization)
-        obs, _ = vector_env.reset(seed=[1, 2])
-        seen = [obs.copy()]
-        for t in range(1, 11):
-            obs, _, _, truncated, infos = vector_env.step(vector_env.action_space.sample())
-            seen.append(obs.copy())
-            assert truncated.tolist() == [t % 5 == 0] * 2
-            assert ("final_obs" in infos) == (t % 5 == 0)
-            if t % 5 == 0:
-                assert [x.tolist() for x in infos["final_obs"]] == [[5.0], [5.0]]
-        assert [int(x[0, 0]) for x in seen] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
-        vector_env.close()
+@pytest.mark.parametrize("env_id", ["toy_envs:Shaped-v0", "toy_envs:Buttons-v0"])
+def test_environments_are_saved_and_found_again_between_any_two_steps(env_id):
+    """Right after a reset too, and again and again."""
+    first, second = make(env_id), make(env_id)
+    for action in sample_actions(first, 100):
+        second.load_state_dict(first.state_dict())
+        assert_same(play(second, [action]), play(first, [action]))
+        first.finished_episodes()
+        second.finished_episodes()
+        assert_same(first.state_dict(), second.state_dict())
 
 
-def test_episode_statistics_count_what_terminates_and_what_is_truncated():
-    statistics, rng = envs.EpisodeStatistics(3), np.random.default_rng(0)
-    rewards, ends = rng.normal(size=(100, 3)), rng.random((100, 3)) < 0.1
-    got = statistics.update(rewards[:33], ends[:33])
-    got += [(t + 33, *rest) for t, *rest in statistics.update(rewards[33:], ends[33:])]
+def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
+    """Only that one, in one line; here it is the episodes whose seed is odd."""
+    first = make("toy_envs:Unrepeatable-v0", num_envs=8)
+    while not 0 < first.lengths.min():
+        play(first, sample_actions(first, 3))
+        first.finished_episodes()
+    saved, pending = first.state_dict(), first.obs.copy()
+    episodes = [episode for episode, _ in saved["histories"]]
+    odd = np.array([stream_seed(1, "env", i, e) % 2 for i, e in enumerate(episodes)], bool)
+    assert 0 < odd.sum() < 8
+    second = make("toy_envs:Unrepeatable-v0", num_envs=8)
+    second.load_state_dict(saved)
+    assert second.lost.tolist() == odd.tolist()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "new episodes" in out
+    assert (second.returns[odd] == 0).all() and (second.lengths[odd] == 0).all()
+    assert_same(second.returns[~odd], first.returns[~odd])
+    assert_same(second.lengths[~odd], first.lengths[~odd])
+    np.testing.assert_array_equal(second.obs[~odd], pending[~odd])
+    for i in range(8):
+        episode, actions = second.vector_env.get_attr("history")[i]
+        assert (episode, len(actions)) == (episodes[i] + odd[i], (not odd[i]) * first.lengths[i])
+        if odd[i]:
+            env = gym.make("toy_envs:Shaped-v0")
+            obs, _ = env.reset(seed=stream_seed(1, "env", i, episode))
+            np.testing.assert_array_equal(second.obs[i], obs)
+    play(second, sample_actions(second, 30))
+
+
+def test_an_episode_that_ends_early_when_repeated_is_lost(monkeypatch):
+    first = make("toy_envs:Counter-truncated-v0")
+    play(first, sample_actions(first, 3))
+    saved = first.state_dict()
+    monkeypatch.setattr(toy_envs.Counter, "last", 2)
+    second = make("toy_envs:Counter-truncated-v0")
+    second.load_state_dict(saved)
+    assert second.lost.all() and not second.obs.any()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("end", ["truncated", "terminated", "both"])
+def test_environments_reset_in_the_step_that_ends_an_episode(vectorization, end):
+    """No false transition between episodes, the real last observation at hand, one kind of end."""
+    environments = make(f"toy_envs:Counter-{end}-v0", vectorization=vectorization)
+    seen = [environments.obs.copy()]
+    for t, action in enumerate(sample_actions(environments, 10), start=1):
+        obs, rewards, terminated, truncated, infos = environments.step(action)
+        seen.append(obs.copy())
+        over = t % 5 == 0
+        assert rewards.tolist() == [float((t - 1) % 5 > 1)] * 2
+        assert truncated.tolist() == [over and end == "truncated"] * 2
+        assert terminated.tolist() == [over and end != "truncated"] * 2
+        assert ("final_obs" in infos) == over
+        if over:
+            assert [x.tolist() for x in infos["final_obs"]] == [[2.0], [2.0]]
+    assert [int(x[0, 0]) for x in seen] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+    environments.close()
+
+
+def test_finished_episodes_are_all_that_terminated_or_were_truncated():
+    """Against sums over slices of the same rewards; read in uneven pieces."""
+    environments = make("toy_envs:Shaped-v0", num_envs=3)
+    actions, got, steps = sample_actions(environments, 300), [], []
+    for part in (actions[:33], actions[33:34], actions[34:]):
+        steps += play(environments, part)
+        got += environments.finished_episodes()
+    assert environments.finished_episodes() == []
+    _, rewards, terminated, truncated = (np.array(x) for x in zip(*steps))
+    assert terminated.any() and truncated.any() and not (terminated & truncated).any()
     expected = []
     for n in range(3):
         begin = 0
-        for t in np.flatnonzero(ends[:, n]):
-            expected.append((t, n, rewards[begin : t + 1, n].sum(), t + 1 - begin))
+        for t in np.flatnonzero(terminated[:, n] | truncated[:, n]):
+            total = rewards[begin : t + 1, n].sum()
+            expected.append((t, n, pytest.approx(total), t + 1 - begin))
             begin = t + 1
-    expected = [
-        (t, pytest.approx(total), length)
-        for t, n, total, length in sorted(expected, key=lambda x: x[:2])
-    ]
-    assert got == expected and len(got) == ends.sum()
+    expected.sort(key=lambda x: x[:2])
+    assert got == [(total, length, (t + 1) * 3) for t, n, total, length in expected]
 
 
 def test_streams_of_neighbouring_seeds_are_disjoint():
@@ -111,32 +179,29 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
         stream_seed(seed, name, *i)
         for seed in range(20)
         for name in STREAMS
-        for i in [(), *((j,) for j in range(20))]
+        for i in [(), *((j,) for j in range(10)), *((j, k) for j in range(5) for k in range(5))]
     ]
     assert len(set(seeds)) == len(seeds)
-    assert not set(env_seeds(1, 8)) & set(env_seeds(2, 8))
-    assert env_seeds(1, 4) == env_seeds(1, 8)[:4]
 
 
-def test_plain_data_comes_back_with_its_types():
-    rng = np.random.default_rng(3)
-    rng.normal(size=3)
-    state = {
-        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
-        "b": np.float32(0.1),
-        "c": (1, [2.5, None, "x", b"y"]),
-        "d": {"e": True, 3: np.bool_(False)},
-        "f": torch.ones(2),
-        "g": ("ndarray", 1),
-        "h": np.array(2.0),
-    }
-    back = from_plain(to_plain(state))
-    assert_same(back, state)
-    assert type(back["b"]) is np.float32 and back["h"].shape == ()
-    assert from_plain(to_plain(rng)).normal() == rng.normal()
-    for bad in (object(), {1, 2}, iter([])):
-        with pytest.raises(TypeError):
-            to_plain({"x": [bad]})
+def test_every_episode_has_a_seed_of_its_own():
+    """From seed, environment and episode: neighbouring seeds share none, nor does their number."""
+    begins = {}
+    for seed in (1, 2):
+        environments = make("toy_envs:Counter-terminated-v0", num_envs=3, seed=seed)
+        seeds = [[] for _ in range(3)]
+        for env, kept in zip(environments.vector_env.envs, seeds):
+            env.env.reset = lambda *, seed, options=None, kept=kept, reset=env.env.reset: (
+                kept.append(seed),
+                reset(seed=seed, options=options),
+            )[1]
+        play(environments, sample_actions(environments, 15))
+        begins[seed] = seeds
+        assert seeds == [[stream_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
+    assert len({x for seeds in begins.values() for kept in seeds for x in kept}) == 18
+    a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
+    assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4
+    np.testing.assert_array_equal(more[:2], a)
 
 
 class Evil:
@@ -144,18 +209,18 @@ class Evil:
         return (open, ("pwned", "w"))
 
 
-def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"x": torch.zeros(1000)})
     whole = path.read_bytes()
-    assert len(load_checkpoint(path)["x"]) == 1000 and [p.name for p in tmp_path.iterdir()] == [
-        "checkpoint.pt"
-    ]
+    assert len(load_checkpoint(path)["x"]) == 1000
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
     def refused(why):
-        with pytest.raises(CheckpointError, match=why) as error:
+        with pytest.raises(SystemExit) as stopped:
             load_checkpoint(path)
-        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and why in line and str(path) in line
 
     for content, why in (
         (b"", "empty"),
@@ -185,12 +250,10 @@ def test_parameters_are_views_of_one_vector():
 
 
 def test_due_is_a_pure_function_of_the_step():
-    assert [runs.due(100, step - 64, step) for step in range(64, 64 * 7, 64)] == [
-        False,
-        True,
-        False,
-        True,
-        True,
-        False,
-    ]
-    assert not runs.due(0, 0, 10**9)
+    def due(every, step, before, last_step=10**9):
+        return runs.Run.due(SimpleNamespace(step=before, last_step=last_step), every, step)
+
+    got = [due(100, step, step - 64) for step in range(64, 64 * 7, 64)]
+    assert got == [False, True, False, True, True, False]
+    assert not due(0, 10**8, 0)
+    assert due(0, 640, 576, last_step=640)  # the end of a run always is

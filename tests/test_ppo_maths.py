@@ -1,5 +1,6 @@
 """The maths of PPO, each against a reference written in another way."""
 
+import inspect
 import math
 
 import gymnasium as gym
@@ -9,10 +10,11 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions import Categorical, Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-import ppo_continuous as ppo
+import ppo_continuous
+import ppo_discrete
 from common.tensors import (
     FlatAdam,
     RunningStatistics,
@@ -22,24 +24,33 @@ from common.tensors import (
 )
 
 BOX = gym.spaces.Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
+BUTTONS = gym.spaces.Discrete(3, start=-1)
 
 
-def make_agent(**kwargs) -> ppo.Agent:
+def make_agent(ppo, **kwargs):
     torch.manual_seed(0)
-    return ppo.Agent((4,), BOX, ppo.Args(**kwargs))
+    space = BOX if ppo is ppo_continuous else BUTTONS
+    return ppo.Agent((4,), space, ppo.Args(**{"hidden_sizes": (64, 64)} | kwargs))
 
 
-def random_batch(size: int = 64) -> tuple[torch.Tensor, ...]:
+def random_batch(ppo, size: int = 64) -> tuple[torch.Tensor, ...]:
     """Observations, actions, old log-probabilities, advantages, old values, targets."""
     rng = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(size, 4, generator=rng),
-        torch.randn(size, 3, generator=rng),
-        *(
-            scale * torch.randn(size, generator=rng) + shift
-            for scale, shift in ((0.5, -4.0), (2.0, 0.3), (1.0, 0.0), (1.0, 0.0))
-        ),
-    )
+    obs = torch.randn(size, 4, generator=rng)
+    actions = torch.randn(size, 3, generator=rng)
+    usual = -4.0 if ppo is ppo_continuous else -math.log(3)
+    rest = [
+        scale * torch.randn(size, generator=rng) + shift
+        for scale, shift in ((0.5, usual), (2.0, 0.3), (1.0, 0.0), (1.0, 0.0))
+    ]
+    return obs, actions if ppo is ppo_continuous else actions.argmax(-1), *rest
+
+
+def test_the_two_scripts_share_their_maths_to_the_letter():
+    """So that a reference that one of them meets is met by the other."""
+    for name in "compute_gae ppo_loss make_update learning_rate estimate mlp".split():
+        a, b = (inspect.getsource(getattr(ppo, name)) for ppo in (ppo_continuous, ppo_discrete))
+        assert a == b
 
 
 @settings(deadline=None, max_examples=100)
@@ -57,7 +68,8 @@ def test_gae_is_the_sum_over_k_step_advantages(seed, steps, num_envs, gamma, lam
     rewards, values, next_values = rng.normal(size=(3, steps, num_envs))
     terminations, truncations = rng.random((2, steps, num_envs)) < p
     truncations &= ~terminations
-    got = ppo.compute_gae(rewards, values, next_values, terminations, truncations, gamma, lam)
+    ends = terminations, truncations
+    got = ppo_continuous.compute_gae(rewards, values, next_values, *ends, gamma, lam)
     for n in range(num_envs):
         for t in range(steps):
             expected, weight = 0.0, 1.0
@@ -70,21 +82,26 @@ def test_gae_is_the_sum_over_k_step_advantages(seed, steps, num_envs, gamma, lam
             assert got[t, n] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_estimate_bootstraps_from_the_real_last_observation():
+@torch.no_grad()
+def test_estimate_bootstraps_from_the_real_last_observation(ppo):
     """Terminated, truncated, both, and the rollout's edge, where value equals observation."""
-    args = ppo.Args(gamma=0.5, gae_lambda=0.0, norm_obs=False, norm_reward=False, hidden_sizes=())
-    agent = ppo.Agent((1,), BOX, args)
+    options = {"norm_obs": False, "norm_reward": False, "hidden_sizes": ()}
+    args = ppo.Args(num_steps=3, num_envs=4, gamma=0.5, gae_lambda=0.0, **options)
+    obs_space, action_space = gym.spaces.Box(-1, 1, (1,)), BOX if ppo is ppo_continuous else BUTTONS
+    agent = ppo.Agent((1,), action_space, args)
     nn.init.ones_(agent.critic[0].weight)  # V(s) = s
-    rollout = ppo.Rollout(3, 4, (1,), (3,), torch.device("cpu"))
+    rollout = ppo.Rollout(args, obs_space, action_space, torch.device("cpu"))
     rollout.obs[:, :, 0] = torch.arange(4.0)[:, None] * 10  # 0, 10, 20, and pending 30
     rollout.terminations[1, [0, 2]] = True
     rollout.truncations[1, [1]] = True
-    rollout.final_obs = {(1, 1): np.array([100.0], np.float32)}
-    with torch.no_grad():
+    rollout.final_obs = {(1, 1): torch.tensor([100.0], dtype=torch.float64)}
+    rollout.rewards[0, 3], rollout.rewards[2, 3] = 7.0, -7.0
+    for clip_reward, (first, last) in ((False, (7.0, -7.0)), (True, (1.0, -1.0))):
+        args.clip_reward = clip_reward
         advantages, values, targets = (x.view(3, 4) for x in ppo.estimate(agent, rollout, args))
-    expected = torch.tensor([[5.0, 5, 5, 5], [0, 50, 0, 10], [15, 15, 15, 15]])
-    torch.testing.assert_close(targets, expected)
-    torch.testing.assert_close(advantages, targets - values)
+        expected = [[5.0, 5, 5, 5 + first], [0, 50, 0, 10], [15, 15, 15, 15 + last]]
+        torch.testing.assert_close(targets, torch.tensor(expected))
+        torch.testing.assert_close(advantages, targets - values)
 
 
 @settings(deadline=None, max_examples=50)
@@ -109,20 +126,36 @@ def test_squashed_log_prob_equals_torch_distributions_far_into_the_tails(dtype, 
     transform = TanhTransform(cache_size=1)  # remembers u, of which tanh(u) = 1 would know nothing
     squashed = TransformedDistribution(Normal(mean, log_std.exp()), transform)
     expected = Independent(squashed, 1).log_prob(transform(u))
-    got = ppo.gaussian_log_prob(mean, log_std, u, squash=True)
+    got, _ = ppo_continuous.log_prob_and_entropy((mean, log_std, True), u)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     # and the correction alone, in a third form: log(1 - tanh^2) = -2 log cosh
     log_cosh = u.abs() + torch.log1p(torch.exp(-2 * u.abs())) - math.log(2)
-    torch.testing.assert_close(ppo.tanh_log_det(u), -2 * log_cosh, rtol=tolerance, atol=tolerance)
-    (gradient,) = torch.autograd.grad(ppo.tanh_log_det(u).sum(), u)
+    got = ppo_continuous.tanh_log_det(u)
+    torch.testing.assert_close(got, -2 * log_cosh, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(got.sum(), u)
     torch.testing.assert_close(gradient, -2 * u.tanh(), rtol=tolerance, atol=tolerance)
 
 
 def test_gaussian_log_prob_and_entropy_equal_torch_distributions():
     mean, log_std, u = torch.randn(50, 3), torch.randn(3), 3 * torch.randn(50, 3)
     normal = Independent(Normal(mean, log_std.exp()), 1)
-    torch.testing.assert_close(ppo.gaussian_log_prob(mean, log_std, u, False), normal.log_prob(u))
-    torch.testing.assert_close(ppo.gaussian_entropy(mean, log_std, False), normal.entropy())
+    got = ppo_continuous.log_prob_and_entropy((mean, log_std, False), u)
+    torch.testing.assert_close(got, (normal.log_prob(u), normal.entropy()))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4, 1e30])
+def test_categorical_log_prob_and_entropy_equal_torch_distributions(scale):
+    """However large the logits are, and with finite gradients."""
+    rng = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(50, 6, generator=rng) + scale
+    logits.requires_grad_()
+    action = torch.randint(6, (50,), generator=rng)
+    policy = Categorical(logits=logits)
+    log_prob, entropy = ppo_discrete.log_prob_and_entropy(logits, action)
+    torch.testing.assert_close(log_prob, policy.log_prob(action))
+    torch.testing.assert_close(entropy, policy.entropy())
+    (gradient,) = torch.autograd.grad((log_prob + entropy).sum(), logits)
+    assert log_prob.shape == entropy.shape == (50,) and gradient.isfinite().all()
 
 
 def test_squashed_entropy_is_the_expected_surprise():
@@ -131,38 +164,43 @@ def test_squashed_entropy_is_the_expected_surprise():
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(400_000, 1, 3, dtype=torch.float64, generator=rng)
     u = mean + log_std.exp() * noise
-    surprise = -ppo.gaussian_log_prob(mean, log_std, u, squash=True)
-    error = 5 * surprise.std(0) / math.sqrt(len(u))
-    assert (ppo.gaussian_entropy(mean, log_std, True) - surprise.mean(0)).abs().lt(error).all()
+    log_prob, entropy = ppo_continuous.log_prob_and_entropy((mean, log_std, True), u)
+    error = 5 * log_prob.std(0) / math.sqrt(len(u))
+    assert (entropy + log_prob.mean(0)).abs().lt(error).all()
 
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
 @pytest.mark.parametrize("vf_loss", ["mse", "huber"])
 @pytest.mark.parametrize("norm_adv", [False, True])
-@pytest.mark.parametrize("squash", [False, True])
-def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss, norm_adv, squash):
+@pytest.mark.parametrize("kind", ["gaussian", "squashed", "categorical"])
+def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss, norm_adv, kind):
     """Sample by sample, by cases, on torch.distributions and autograd in float64."""
+    ppo = ppo_discrete if kind == "categorical" else ppo_continuous
+    squash = {"squash": kind == "squashed"} if ppo is ppo_continuous else {}
     args = ppo.Args(
         clip_vloss=clip_vloss,
         vf_loss=vf_loss,
         norm_adv=norm_adv,
-        squash=squash,
-        ent_coef=0.0 if squash else 0.01,
+        ent_coef=0.0 if kind == "squashed" else 0.01,
         vf_coef=0.7,
-        norm_obs=False,
     )
-    agent = make_agent(squash=squash).double()
+    agent = make_agent(ppo, norm_obs=False, **squash).double()
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    obs, action, old_log_prob, advantage, old_value, target = (x.double() for x in random_batch())
-    policy = Normal(agent.actor(obs), agent.log_std.exp())
+    obs, action, *rest = random_batch(ppo)
+    obs, old_log_prob, advantage, old_value, target = (x.double() for x in (obs, *rest))
     value = agent.critic(obs)[:, 0]
-    if squash:
-        transform = TanhTransform(cache_size=1)
-        log_prob = TransformedDistribution(policy, transform).log_prob(transform(action)).sum(1)
+    if kind == "categorical":
+        policy = Categorical(agent.actor(obs).softmax(-1))
+        log_prob, entropy = policy.log_prob(action), policy.entropy()
     else:
-        log_prob = policy.log_prob(action).sum(1)
+        action = action.double()
+        policy = Independent(Normal(agent.actor(obs), agent.log_std.exp()), 1)
+        log_prob, entropy = policy.log_prob(action), policy.entropy()
+    if kind == "squashed":
+        transform = TanhTransform(cache_size=1)
+        log_prob = TransformedDistribution(policy, transform).log_prob(transform(action))
     if norm_adv:
         centred = advantage - sum(advantage) / 64
         advantage_used = centred / (math.sqrt(sum(centred**2) / 63) + 1e-8)
@@ -180,11 +218,11 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
             e.abs() - 0.5 if vf_loss == "huber" and e.abs() > 1 else 0.5 * e * e for e in errors
         ]
         terms.append(-gain + 0.7 * max(costs))
-    expected = sum(terms) / 64 - args.ent_coef * policy.entropy().sum(1).mean()
+    expected = sum(terms) / 64 - args.ent_coef * entropy.mean()
+    got_policy, got_value = agent(obs)
     got, metrics = ppo.ppo_loss(
-        ppo.gaussian_log_prob(agent.actor(obs), agent.log_std, action, squash),
-        ppo.gaussian_entropy(agent.actor(obs), agent.log_std, squash),
-        agent.value(obs),
+        *ppo.log_prob_and_entropy(got_policy, action),
+        got_value,
         old_log_prob,
         advantage,
         old_value,
@@ -193,10 +231,8 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
     )
     torch.testing.assert_close(got, expected)
     parameters = list(agent.parameters())
-    for a, b in zip(
-        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)
-    ):
-        torch.testing.assert_close(a, b)
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (got, expected))
+    torch.testing.assert_close(*gradients)
     ratio = torch.exp(log_prob - old_log_prob)
     named = dict(zip(ppo.METRICS, metrics.tolist()))
     assert named["clipfrac"] == pytest.approx(sum(abs(r - 1) > 0.2 for r in ratio).item() / 64)
@@ -205,23 +241,21 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
 
 
 @torch.no_grad()
-def test_update_equals_autograd_with_torch_optim_adam():
+def test_update_equals_autograd_with_torch_optim_adam(ppo):
     """Twenty steps of gradient, clipping and Adam against the stock ones."""
     args = ppo.Args(ent_coef=0.01, max_grad_norm=0.05)
-    agent, twin = make_agent(), make_agent()
+    agent, twin = make_agent(ppo), make_agent(ppo)
     parameters = flatten_parameters(agent)
     update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), args)
     optimizer = torch.optim.Adam(twin.parameters(), lr=3e-3, eps=1e-5)
-    batch = random_batch(640)
+    batch = random_batch(ppo, 640)
     for i in range(20):
         indices = torch.arange(i * 32, i * 32 + 32)
         update(parameters, batch, indices, torch.tensor(3e-3))
         with torch.enable_grad():
             obs, action, *rest = (x[indices] for x in batch)
             policy, value = twin(obs)
-            log_prob = ppo.gaussian_log_prob(*policy, action, False)
-            entropy = ppo.gaussian_entropy(*policy, False)
-            loss, _ = ppo.ppo_loss(log_prob, entropy, value, *rest, args)
+            loss, _ = ppo.ppo_loss(*ppo.log_prob_and_entropy(policy, action), value, *rest, args)
             optimizer.zero_grad()
             loss.backward()
         nn.utils.clip_grad_norm_(twin.parameters(), args.max_grad_norm)
@@ -230,16 +264,18 @@ def test_update_equals_autograd_with_torch_optim_adam():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"squash": True}, {}])
 @torch.no_grad()
-def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once():
+def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once(options):
+    ppo = ppo_continuous if options else ppo_discrete
     torch._dynamo.utils.counters.clear()
     results = []
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, dynamic=False)):
-        agent = make_agent(squash=True)
+        agent = make_agent(ppo, **options)
         parameters = flatten_parameters(agent)
         optimizer = FlatAdam(parameters, eps=1e-5)
-        update = wrap(ppo.make_update(agent, optimizer, ppo.Args(squash=True, ent_coef=0.01)))
-        batch = random_batch(320)
+        update = wrap(ppo.make_update(agent, optimizer, ppo.Args(ent_coef=0.01)))
+        batch = random_batch(ppo, 320)
         for i in range(50):  # the learning rate changes, the graph does not
             lr = torch.tensor(1e-3 * (1 - i / 50))
             metrics = update(parameters, batch, torch.arange(64) + i % 5 * 64, lr)
@@ -262,21 +298,29 @@ def test_statistics_equal_numpy_on_the_concatenated_data(seed, sizes):
     np.testing.assert_allclose(statistics.scale, 1 / np.sqrt(whole.var(0) + 1e-8), rtol=1e-4)
 
 
-def test_networks_begin_orthogonal_with_their_gains():
-    agent = make_agent()
-    for network, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
-        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-        for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), last]):
+def test_networks_begin_orthogonal_with_their_gains(ppo):
+    def check(layers, gains):
+        for layer, gain in zip(layers, gains, strict=True):
+            singular = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+            torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-4, atol=0)
             assert not layer.bias.any()
-            torch.testing.assert_close(
-                torch.linalg.matrix_norm(layer.weight, 2).item(), gain, rtol=1e-4, atol=0
-            )
+
+    agent = make_agent(ppo)
+    for network, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        check([x for x in network if isinstance(x, nn.Linear)], [math.sqrt(2)] * 2 + [last])
+    if ppo is ppo_discrete:
+        agent = ppo.Agent((4, 84, 84), BUTTONS, ppo.Args(hidden_sizes=()))
+        weighted = [x for x in agent.cnn if hasattr(x, "weight")]
+        shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136)]  # Mnih et al. 2015
+        assert [tuple(x.weight.shape) for x in weighted] == shapes
+        check(weighted, [math.sqrt(2)] * 4)
+        check([*agent.actor, *agent.critic], [0.01, 1.0])
 
 
 @pytest.mark.parametrize("schedule, middle", [("linear", 0.5), ("cosine", 0.5)])
-def test_learning_rate_falls_to_zero(schedule, middle):
+def test_learning_rate_falls_to_zero(ppo, schedule, middle):
     args = ppo.Args(lr_schedule=schedule, learning_rate=2.0)
-    rates = [ppo.learning_rate(x, args) for x in np.linspace(0, 1, 21)]
+    rates = [ppo.learning_rate(x, args).item() for x in np.linspace(0, 1, 21)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 2 and rates[-1] == pytest.approx(0)
     assert rates[10] == pytest.approx(2 * middle)
     assert rates[5] == pytest.approx(1.5 if schedule == "linear" else 1 + math.sqrt(0.5))
@@ -290,46 +334,49 @@ class Wide(nn.Sequential):
         return self[2](torch.relu(self[0](x)) + torch.tanh(self[1](x)))
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("kind", ["gaussian", "squashed", "categorical"])
 @pytest.mark.parametrize(
-    "network",
+    "make_network, traced",
     [
-        None,
-        Wide(nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 3)),
-        nn.Sequential(
-            nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 3)
-        ),  # beyond OPERATIONS
+        (None, True),
+        (lambda: Wide(nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 3)), True),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 3)),
+            False,  # beyond OPERATIONS
+        ),
     ],
 )
 @torch.no_grad()
-def test_an_edited_network_acts_and_trains_alike(network, squash):
+def test_an_edited_network_acts_and_trains_alike(make_network, traced, kind):
     """Acting is derived from the module: it follows edits and gradient steps."""
-    agent = make_agent(squash=squash)
-    agent.actor = network or agent.actor
+    ppo = ppo_discrete if kind == "categorical" else ppo_continuous
+    options = {"squash": kind == "squashed"} if ppo is ppo_continuous else {}
+    agent = make_agent(ppo, norm_obs=True, **options)
+    agent.actor = make_network() if make_network else agent.actor
     parameters = flatten_parameters(agent)
     agent.obs_statistics.update(torch.randn(100, 4) * 3 + 1)
-    obs, noise = torch.randn(5, 4), torch.randn(5, 3)
+    obs, noise = torch.randn(500, 4), 0.1 * torch.randn(500, 3)
     act = to_numpy(agent.sample, obs, noise)
-    assert (act.__name__ == "traced") == (
-        not isinstance(network, nn.Sequential) or isinstance(network, Wide)
-    )
-    update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), ppo.Args(squash=squash))
+    assert (act.__name__ == "traced") == traced
+    update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), agent.args)
     before = act(obs, noise)[0]
-    for _ in range(3):
-        for got, expected in zip(act(obs, noise), agent.sample(obs, noise)):
+
+    def assert_alike():
+        for got, expected in zip(act(obs, noise), agent.sample(obs, noise), strict=True):
             np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
-        update(parameters, random_batch(), torch.arange(64), torch.tensor(0.01))
+
+    for _ in range(3):
+        assert_alike()
+        update(parameters, random_batch(ppo), torch.arange(64), torch.tensor(0.01))
     assert np.abs(act(obs, noise)[0] - before).max() > 1e-3
     agent.obs_statistics.update(torch.randn(1000, 4) * 5)
-    np.testing.assert_allclose(
-        act(obs, noise)[0], agent.sample(obs, noise)[0].numpy(), rtol=1e-4, atol=1e-5
-    )
+    assert_alike()
 
 
 @torch.no_grad()
 def test_sampled_actions_have_the_policys_distribution_and_respect_bounds():
     for squash in (False, True):
-        agent = make_agent(squash=squash)
+        agent = make_agent(ppo_continuous, squash=squash)
         agent.log_std.copy_(torch.tensor([0.0, -1.0, 1.0]))
         obs, noise = torch.zeros(20_000, 4), torch.randn(20_000, 3)
         action, env_action = to_numpy(agent.sample, obs, noise)(obs, noise)
@@ -341,3 +388,60 @@ def test_sampled_actions_have_the_policys_distribution_and_respect_bounds():
             expected = action.clip(BOX.low, BOX.high)
             assert not np.array_equal(action, env_action)  # what is stored stays unclipped
         np.testing.assert_allclose(env_action, expected, rtol=1e-4, atol=1e-6)
+
+
+def chi_squared(actions: np.ndarray, probabilities: np.ndarray) -> float:
+    """Pearson's statistic of sampled actions [B] under probabilities [B, n]."""
+    expected = probabilities.sum(0)
+    counts = np.bincount(actions, minlength=len(expected))
+    return (np.square(counts - expected) / expected).sum()
+
+
+@torch.no_grad()
+def test_rollouts_sample_discrete_actions_from_the_softmax(monkeypatch):
+    """The noise that train() draws makes the argmax a sample; in NumPy, and in PyTorch as on CUDA."""
+
+    class Biased(ppo_discrete.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.actor[-1].bias.data = torch.tensor([0.0, 2.0, -1.0])
+
+    seen = []
+    estimate = ppo_discrete.estimate
+    monkeypatch.setattr(ppo_discrete, "Agent", Biased)
+    monkeypatch.setattr(
+        ppo_discrete, "estimate", lambda *args: (seen.append(args), estimate(*args))[1]
+    )
+    options = {"num_envs": 8, "num_steps": 1000, "num_minibatches": 1, "update_epochs": 1}
+    options |= {"learning_rate": 1e-12, "eval_episodes": 1, "compile": False, "run_dir": "r"}
+    args = ppo_discrete.Args(env_id="toy_envs:Buttons-v0", total_timesteps=8000, **options)
+    ppo_discrete.train(args)
+    ((agent, rollout, _),) = seen
+    obs, noise = rollout.obs[:-1].flatten(0, 1), rollout.noise.flatten(0, 1)
+    probabilities = agent.actor(agent.encode(obs)).softmax(-1).numpy()
+    critical = 13.8  # of two degrees of freedom, one in a thousand
+    assert chi_squared(np.concatenate(rollout.actions), probabilities) < critical
+    indices, env_actions = to_numpy(agent.sample, obs, noise)(obs, noise)
+    assert np.array_equal(indices, np.concatenate(rollout.actions))
+    assert np.array_equal(indices, agent.sample(obs, noise)[0])
+    assert np.array_equal(env_actions, indices - 1)  # as the space begins at -1
+    uniform = np.full_like(probabilities, 1 / 3)  # the statistic can tell
+    assert chi_squared(indices, uniform) > 100 * critical
+    wrong = agent.sample(obs, torch.randn_like(noise))[0].numpy()  # another distribution's noise
+    assert chi_squared(wrong, probabilities) > critical
+
+
+def test_acting_is_deterministic_the_mean_or_the_likeliest_action(ppo):
+    agent = make_agent(ppo)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        agent.obs_statistics.update(torch.randn(100, 4) * 3 + 1)
+    obs = np.random.default_rng(0).normal(size=(50, 4))  # float64, as of many environments
+    output = agent.actor(agent.encode(torch.from_numpy(obs).float())).detach().numpy()
+    expected = output.clip(BOX.low, BOX.high) if ppo is ppo_continuous else output.argmax(1) - 1
+    got = [agent.act(x) for x in obs]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert all((BOX if ppo is ppo_continuous else BUTTONS).contains(x) for x in got)
+    if ppo is ppo_discrete:
+        assert len({*got}) == 3  # each of them, and as a number, which can be a dictionary's key

@@ -2,52 +2,62 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 
 
 class Counter(gym.Env):
-    """Reward 1 a step, the step index as observation; after five steps it ends as `end` says."""
+    """Five steps from 0 over 1, 2, 3, 4 to 2, rewards 0, 0, 1, 1, 1; then it ends as `end` says."""
 
-    def __init__(self, end="truncated"):
-        self.observation_space = Box(0.0, 5.0, (1,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+    observation_space = Box(0.0, 4.0, (1,), np.float32)
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+    last = 5
+
+    def __init__(self, end="truncated", discrete=False):
         self.end = end
-        self.t = 0
-
-    def _obs(self):
-        return np.array([self.t], np.float32)
+        self.action_space = Discrete(3) if discrete else self.action_space
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
         self.t = 0
-        return self._obs(), {}
+        return np.zeros(1, np.float32), {}
 
     def step(self, action):
         self.t += 1
-        over = self.t == 5
+        over = self.t == self.last
         terminated, truncated = over and self.end != "truncated", over and self.end != "terminated"
-        return self._obs(), 1.0, terminated, truncated, {}
+        obs = np.array([2 if over else self.t], np.float32)
+        return obs, float(self.t > 2), terminated, truncated, {}
 
 
 class Shaped(gym.Env):
     """Float64 observations and actions of two axes; asserts its unequal bounds."""
 
-    def __init__(self):
-        self.observation_space = Box(-np.inf, np.inf, (2, 3), np.float64)
-        low, high = np.array([[-2.0], [0.0]]), np.array([[1.0], [0.5]])
-        self.action_space = Box(low.astype(np.float32), high.astype(np.float32))
+    observation_space = Box(-np.inf, np.inf, (2, 3), np.float64)
+    action_space = Box(np.float32([[-2.0], [0.0]]), np.float32([[1.0], [0.5]]))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.position = self.np_random.normal(size=(2, 3))
         return self.position.copy(), {}
 
+    def push(self, action):
+        return action[:, 0]
+
     def step(self, action):
         assert self.action_space.contains(action), action
         self.position = 0.9 * self.position + 0.1 * self.np_random.normal(size=(2, 3))
-        self.position[:, 0] += action[:, 0]
+        self.position[:, 0] += self.push(action)
         reward = -float(np.square(self.position).sum())
-        return self.position.copy(), reward, False, self.np_random.random() < 0.05, {}
+        terminated, truncated = self.np_random.random(2) < (0.03, 0.05)  # now and then both
+        return self.position.copy(), reward, bool(terminated), bool(truncated), {}
+
+
+class Buttons(Shaped):
+    """The same with three actions, of which the first is -1, looked up as in Gymnasium's tutorial."""
+
+    action_space = Discrete(3, start=-1)
+
+    def push(self, action):
+        return {-1: np.array([-0.5, 0.0]), 0: np.zeros(2), 1: np.array([0.5, 0.3])}[action]
 
 
 class Broken(Shaped):
@@ -55,9 +65,12 @@ class Broken(Shaped):
 
     steps = 0
 
-    def __init__(self, where="reward"):
-        super().__init__()
+    def __init__(self, where="reward", discrete=False):
         self.where = where
+        self.action_space = Discrete(2) if discrete else self.action_space
+
+    def push(self, action):
+        return 0.0
 
     def step(self, action):
         self.steps += 1
@@ -68,21 +81,25 @@ class Broken(Shaped):
 
 
 class Opaque(Shaped):
-    """Cannot be saved: an attribute is not plain data, and there is no get_state."""
+    """Nobody could save its attributes, and nobody is to use its get_state and set_state."""
 
     def __init__(self):
-        super().__init__()
         self.handle = iter([])
 
-
-class Pair(Opaque):
-    """The same, with the pair get_state and set_state."""
-
     def get_state(self):
-        return {"position": self.position}
+        raise NotImplementedError
 
-    def set_state(self, state):
-        self.position = state["position"]
+    set_state = get_state
+
+
+class Unrepeatable(Shaped):
+    """Draws from a generator that nobody seeded, in episodes whose seed is odd."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        if seed % 2:
+            self.np_random = np.random.default_rng()
+        return obs, info
 
 
 class Flags(gym.Env):
@@ -96,20 +113,29 @@ class Words(gym.Env):
     """Dict observations."""
 
     observation_space = gym.spaces.Dict({"a": Box(0.0, 1.0, (1,))})
-    action_space = Box(-1.0, 1.0, (1,))
+
+    def __init__(self, discrete=False):
+        self.action_space = Discrete(2) if discrete else Box(-1.0, 1.0, (1,))
+
+
+class Pictures(gym.Env):
+    """Images of floats."""
+
+    observation_space = Box(0.0, 1.0, (3, 64, 64))
+    action_space = Discrete(2)
 
 
 class Unbounded(Counter):
     """Actions without bounds."""
 
-    def __init__(self):
-        super().__init__()
-        self.action_space = Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for end in ("truncated", "terminated", "both"):
-    gym.register(f"Counter-{end}-v0", Counter, kwargs={"end": end})
-for where in ("reward", "observation"):
-    gym.register(f"Broken-{where}-v0", Broken, kwargs={"where": where})
-for cls in (Shaped, Opaque, Pair, Flags, Words, Unbounded):
+for kind, discrete in (("", False), ("-discrete", True)):
+    for end in ("truncated", "terminated", "both"):
+        gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
+    for where in ("reward", "observation"):
+        gym.register(f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete})
+    gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
+for cls in (Shaped, Buttons, Opaque, Unrepeatable, Flags, Pictures, Unbounded):
     gym.register(f"{cls.__name__}-v0", cls)
