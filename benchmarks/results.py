@@ -1,160 +1,175 @@
-"""Results: from TensorBoard's events to small CSV files, and from those to the README's table."""
+"""Results: from TensorBoard's events to small CSV files, and from those to the README's tables."""
 
 import csv
 import json
+import re
 import shlex
+import shutil
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tyro.conf import Positional
+
+from benchmarks.suites import SUITES
+from common import fail
 
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
+COLUMNS = ("step", "seconds", "return", "length")
+WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 
 
-def export(run_dirs: list[Path], name: str = "") -> None:
-    """Write results/NAME/ENV/SEED.csv and .json for finished runs.
+class Result(NamedTuple):
+    """A run: what it was, and all its training episodes; arrays are [episodes]."""
 
-    The CSV has a row for every training episode: step at its end, seconds since the first event,
-    return and length. The JSON is the run's config.json, with its evaluation.
+    config: dict
+    steps: np.ndarray  # at the end of the episode
+    seconds: np.ndarray  # of work until then
+    returns: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """Environment steps that were asked for."""
+        return self.config["args"]["total_timesteps"]
+
+    def last(self, episodes: int = 100) -> np.ndarray:
+        """Return the returns of the last episodes."""
+        return self.returns[-episodes:]
+
+
+class Published(NamedTuple):
+    """A published training return."""
+
+    mean: float
+    std: float
+    label: str
+
+
+def read_run(run_dir: Path) -> Result:
+    """Read a run folder; of a finished run `config` also tells its evaluation and its time."""
+    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    config = json.loads((run_dir / "config.json").read_text())
+    tags = ("charts/episodic_return", "charts/episodic_length", "charts/SPS")
+    tags += ("eval/episodic_return",)
+    known = reader.Tags()["scalars"]
+    returns, lengths, progress, evaluations = (
+        reader.Scalars(tag) if tag in known else [] for tag in tags
+    )
+    args, seconds = config["args"], _seconds(run_dir, [x.wall_time for x in returns + progress])
+    end = progress[-1].step if progress else 0
+    unit = args["num_envs"] * args.get("num_steps", 1)
+    if evaluations and evaluations[-1].step == end > args["total_timesteps"] - unit:
+        config["evaluation"] = {"step": end, "return": evaluations[-1].value}
+        config["wall_seconds"] = round(seconds[-1], 1)
+    steps, values, sizes = (
+        [x.step for x in returns],
+        [x.value for x in returns],
+        [x.value for x in lengths],
+    )
+    config["command"] = _command(config)
+    args.pop("run_dir", None)
+    arrays = (np.array(x, dtype=float) for x in (steps, seconds[: len(steps)], values, sizes))
+    return Result(config, *arrays)
+
+
+def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
+    """Seconds from the first event to each, without the pauses of a run that was resumed."""
+    sessions = []
+    for path in sorted(run_dir.glob("events.out.tfevents.*")):
+        if times := [event.wall_time for event in EventFileLoader(str(path)).Load()]:
+            sessions.append((min(times), max(times)))
+    wall_times = np.array(wall_times)
+    seconds = wall_times - sessions[0][0]
+    for (_, stopped), (resumed, _) in pairwise(sessions):
+        seconds[wall_times >= resumed] -= resumed - stopped
+    return seconds
+
+
+def read_csv(path: Path) -> Result:
+    """Read what `write` wrote."""
+    with path.open() as file:
+        data = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
+    config = json.loads(path.with_suffix(".json").read_text())
+    return Result(config, *np.array(data).reshape(-1, len(COLUMNS)).T)
+
+
+def read_folder(path: Path) -> dict[str, list[Result]]:
+    """Return the results below a folder by environment, ordered by seed.
+
+    The folder may be one of results (SUITE or SUITE/ENV, here or where `run` writes), a run folder
+    or a folder of run folders; `path` may also be a single CSV file.
+    """
+    files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
+    found = [read_csv(file) for file in files]
+    found = found or [read_run(file.parent) for file in sorted(path.rglob("config.json"))]
+    found.sort(key=lambda result: (result.config["args"]["env_id"], result.config["args"]["seed"]))
+    by_env: dict[str, list[Result]] = {}
+    for result in found:
+        by_env.setdefault(result.config["args"]["env_id"], []).append(result)
+    return by_env
+
+
+def write(run_dir: Path, path: Path) -> None:
+    """Write a finished run as a CSV file, a row for every training episode, with a JSON beside it.
+
+    The JSON is the run's config.json with its evaluation and wall time, and with what `run` has
+    noted of its memory.
+    """
+    result = read_run(run_dir)
+    if "evaluation" not in result.config:
+        fail(f"{run_dir} is not finished; --resume {run_dir} continues it")
+    usage = run_dir.with_name(f"{run_dir.name}.usage.json")
+    usage = json.loads(usage.read_text()) if usage.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result.config | usage, indent=2) + "\n")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for step, seconds, value, length in zip(*result[1:], strict=True):
+            writer.writerow((int(step), f"{seconds:.1f}", f"{value:.6g}", int(length)))
+
+
+def export(
+    run_dirs: Positional[tuple[Path, ...]] = (),
+    name: str = "",
+    suite: str = "",
+    root: Path = Path("runs/benchmarks"),
+) -> None:
+    """Write results/NAME/ENV/SEED.csv and .json for finished runs, to be committed.
+
+    The CSV has a row for every training episode: step at its end, seconds of work since the first
+    event, return and length. The JSON is the run's config.json, with its evaluation, wall time and,
+    if `run` made it, peak memory.
 
     Args:
         run_dirs: run folders.
-        name: folder under results/; by default the run's --exp-name.
+        name: folder under results/; by default the suite, or the run's --exp-name.
+        suite: export all finished runs of a suite.
+        root: where `run` put the suite.
     """
-    for run_dir in run_dirs:
-        reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-        config = json.loads((run_dir / "config.json").read_text())
-        evaluation = reader.Scalars("eval/episodic_return")[-1]
-        target = (
-            FOLDER
-            / (name or config["args"]["exp_name"])
-            / config["args"]["env_id"].replace("/", "-")
-        )
-        target.mkdir(parents=True, exist_ok=True)
-        begin = reader.Scalars("charts/SPS")[0].wall_time
-        returns, lengths = (reader.Scalars(f"charts/episodic_{x}") for x in ("return", "length"))
-        with (target / f"{config['args']['seed']}.csv").open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("step", "seconds", "return", "length"))
-            for a, b in zip(returns, lengths, strict=True):
-                row = a.step, f"{a.wall_time - begin:.1f}", f"{a.value:.6g}", int(b.value)
-                writer.writerow(row)
-        config |= {"evaluation": {"step": evaluation.step, "return": evaluation.value}}
-        del config["args"]["run_dir"]
-        config["command"] = _command(config)
-        path = target / f"{config['args']['seed']}.json"
-        path.write_text(json.dumps(config, indent=2) + "\n")
-        print(path.with_suffix(".csv"))
-
-
-def _command(config: dict) -> str:
-    """Return the command line without what only said where and how often to save."""
-    words = iter(shlex.split(config["command"])[2:])
-    kept = []
-    for word in words:
-        if word in ("--run-dir", "--checkpoint-every"):
-            next(words)
+    if not run_dirs and not suite:
+        fail("name run folders, or --suite NAME")
+    done = [path.with_suffix("") for path in sorted((root / suite).glob("*/*.csv"))] * bool(suite)
+    if suite and not done:
+        fail(f"no finished run in {root / suite}: python -m benchmarks run {suite}")
+    for run_dir in (*run_dirs, *done):
+        if run_dir in done:  # `run` has exported it there
+            config = json.loads(run_dir.with_suffix(".json").read_text())
         else:
-            kept.append(word)
-    return shlex.join(["python", f"{config['script']}.py", *kept])
-
-
-def last_returns(path: Path, episodes: int = 100) -> float:
-    """Return the mean training return of the last episodes of a CSV file that `export` wrote."""
-    with path.open() as file:
-        return float(np.mean([float(row["return"]) for row in csv.DictReader(file)][-episodes:]))
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean."""
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
-def table(script: str = "ppo_continuous") -> None:
-    """Print the README's table of a script's committed results, beside CleanRL's published ones.
-
-    Args:
-        script: the script's name.
-    """
-    print("\n".join(rows(script)))
-
-
-def plot(script: str = "ppo_continuous") -> None:
-    """Draw the learning curves of a script's committed results to results/SCRIPT.png.
-
-    Mean over seeds of the return averaged in windows of 2% of the run, its 95% bootstrap interval,
-    the seeds faintly, and CleanRL's published mean as a line.
-
-    Args:
-        script: the script's name.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folders = sorted((FOLDER / script).iterdir())
-    _, axes = plt.subplots(1, len(folders), figsize=(3.6 * len(folders), 3.2), squeeze=False)
-    for axis, folder in zip(axes[0], folders, strict=True):
-        curves = [_curve(path) for path in sorted(folder.glob("*.csv"))]
-        steps, returns = curves[0][0], np.stack([curve for _, curve in curves])
-        low, high = np.transpose([interval(column) for column in returns.T])
-        axis.plot(steps, returns.T, color="C0", alpha=0.25, linewidth=0.8)
-        axis.plot(steps, returns.mean(axis=0), color="C0", label=f"mean of {len(curves)} seeds")
-        axis.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
-        if known := published(script).get(folder.name.rsplit("-", 1)[0]):
-            axis.axhline(known[0], color="0.3", linestyle="--", linewidth=1, label="CleanRL (v4)")
-        axis.set(title=folder.name, xlabel="environment steps")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("training return")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    plt.tight_layout()
-    plt.savefig(FOLDER / f"{script}.png", dpi=130, metadata={"Software": None})
-    print(FOLDER / f"{script}.png")
-
-
-def _curve(path: Path, windows: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    with path.open() as file:
-        data = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
-    steps, returns = np.transpose(data)
-    total = json.loads(path.with_suffix(".json").read_text())["args"]["total_timesteps"]
-    grid = np.linspace(0, total, windows + 1)[1:]
-    inside = [(steps > end - total / windows) & (steps <= end) for end in grid]
-    means = np.array([returns[mask].mean() if mask.any() else np.nan for mask in inside])
-    known = ~np.isnan(means)
-    return grid, np.interp(grid, grid[known], means[known])
-
-
-def published(script: str) -> dict[str, tuple[float, float]]:
-    """Return CleanRL's published mean and deviation by environment, without its version."""
-    with PUBLISHED.open() as file:
-        found = [row for row in csv.DictReader(file) if row["script"] == script]
-    return {
-        row["env_id"].rsplit("-", 1)[0]: (float(row["mean"]), float(row["std"]))
-        for row in found
-        if row["source"].startswith("CleanRL")
-    }
-
-
-def rows(script: str) -> list[str]:
-    """Return the lines of the table: last 100 training episodes, mean over seeds, 95% interval."""
-    lines = [
-        "| environment | steps | return | 95% interval | each seed | CleanRL |",
-        "|---" * 6 + "|",
-    ]
-    for folder in sorted((FOLDER / script).iterdir()):
-        files = sorted(folder.glob("*.csv"))
-        values = [last_returns(path) for path in files]
-        low, high = interval(values)
-        steps = json.loads(files[0].with_suffix(".json").read_text())["args"]["total_timesteps"]
-        each = ", ".join(f"{value:,.0f}" for value in values)
-        name = folder.name.rsplit("-", 1)[0]
-        columns = folder.name, f"{steps:,}", f"{np.mean(values):,.0f}", f"{low:,.0f} to {high:,.0f}"
-        known = published(script).get(name)
-        peer = f"{known[0]:,.0f} ± {known[1]:,.0f}" if known else "-"
-        lines.append(f"| {' | '.join([*columns, each, peer])} |")
-    return lines
+            config = json.loads((run_dir / "config.json").read_text())
+        args = config["args"]
+        target = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
+        path = target / f"{args['seed']}.csv"
+        if run_dir in done:
+            target.mkdir(parents=True, exist_ok=True)
+            for suffix in (".csv", ".json"):
+                shutil.copyfile(run_dir.with_suffix(suffix), path.with_suffix(suffix))
+        else:
+            write(run_dir, path)
+        changed = "  (from a checkout with uncommitted changes)"
+        print(path, changed * str(config["commit"]).endswith("-dirty"), sep="")

@@ -120,8 +120,10 @@ def setup_torch(args, faster: str) -> torch.device:
 def compile_function(function: Callable, args) -> Callable:
     """Compile `function` into one graph, unless with --no-compile or where no compiler works."""
     if args.compile:
+        gpu = args.device != "cpu" and torch.cuda.is_available()
         try:
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(2))
+            probe = torch.zeros(2, device="cuda" if gpu else "cpu")
+            torch.compile(lambda x: x + 1, fullgraph=True)(probe)
             return torch.compile(function, fullgraph=True, dynamic=False)
         except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False

@@ -1,8 +1,10 @@
 """What the tests share: running a script as a user does, and reading what it left."""
 
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ torch.set_num_threads(1)
 import ppo_continuous  # noqa: E402
 import ppo_discrete  # noqa: E402
 from common import runs  # noqa: E402
+from common.checkpoint import load_checkpoint  # noqa: E402
 
 
 @pytest.fixture(params=[ppo_continuous, ppo_discrete], ids=lambda module: module.SCRIPT)
@@ -54,6 +57,26 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
     return done
 
 
+def kill_after_checkpoint(script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:
+    """Start a run and kill it at a random moment after its next checkpoint, unless it has ended."""
+    stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    process = subprocess.Popen(
+        command(ROOT / script, *words),
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        stdout=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (
+        checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp
+    ):
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+    alive = process.poll() is None
+    process.kill()
+    process.wait()
+    return alive
+
+
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Everything TensorBoard shows of a run but the speed: tag -> [(step, value)]."""
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
@@ -78,6 +101,16 @@ def assert_same(a, b) -> None:
         torch.testing.assert_close(
             torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True
         )
+
+
+def assert_same_runs(a, b, *also: str) -> None:
+    """The same state to the last bit, down to the environments, and the same scalars."""
+    for name in ("checkpoint.pt", *also):
+        whole, resumed = (load_checkpoint(run_dir / name) for run_dir in (a, b))
+        for state in (whole, resumed):
+            del state["args"]  # of which --run-dir and --resume differ
+        assert_same(whole, resumed)
+    assert_same(scalars(a), scalars(b))
 
 
 @pytest.fixture(autouse=True)
