@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shlex
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -51,30 +50,24 @@ class Published(NamedTuple):
 
 
 def read_run(run_dir: Path) -> Result:
-    """Read a run folder; of a finished run `config` also tells its evaluation and its time."""
+    """Read a run folder; if the run is finished, `config` also has its evaluation and wall time."""
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     config = json.loads((run_dir / "config.json").read_text())
+    args, known = config["args"], reader.Tags()["scalars"]
     tags = ("charts/episodic_return", "charts/episodic_length", "charts/SPS")
     tags += ("eval/episodic_return",)
-    known = reader.Tags()["scalars"]
-    returns, lengths, progress, evaluations = (
-        reader.Scalars(tag) if tag in known else [] for tag in tags
-    )
-    args, seconds = config["args"], _seconds(run_dir, [x.wall_time for x in returns + progress])
-    end = progress[-1].step if progress else 0
-    unit = args["num_envs"] * args.get("num_steps", 1)
-    if evaluations and evaluations[-1].step == end > args["total_timesteps"] - unit:
-        config["evaluation"] = {"step": end, "return": evaluations[-1].value}
+    scalars = [reader.Scalars(tag) if tag in known else [] for tag in tags]
+    returns, lengths, progress, evaluations = scalars
+    seconds = _seconds(run_dir, [event.wall_time for event in returns + progress])
+    boundary = args["total_timesteps"] - args["num_envs"] * args.get("num_steps", 1)
+    if evaluations and progress and evaluations[-1].step == progress[-1].step > boundary:
+        config["evaluation"] = {"step": progress[-1].step, "return": evaluations[-1].value}
         config["wall_seconds"] = round(seconds[-1], 1)
-    steps, values, sizes = (
-        [x.step for x in returns],
-        [x.value for x in returns],
-        [x.value for x in lengths],
-    )
-    config["command"] = _command(config)
+    config["command"] = command(config)
     args.pop("run_dir", None)
-    arrays = (np.array(x, dtype=float) for x in (steps, seconds[: len(steps)], values, sizes))
-    return Result(config, *arrays)
+    columns = [x.step for x in returns], seconds, [x.value for x in returns]
+    columns += ([x.value for x in lengths],)
+    return Result(config, *(np.array(column[: len(returns)], float) for column in columns))
 
 
 def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
@@ -83,93 +76,163 @@ def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         if times := [event.wall_time for event in EventFileLoader(str(path)).Load()]:
             sessions.append((min(times), max(times)))
-    wall_times = np.array(wall_times)
-    seconds = wall_times - sessions[0][0]
+    times = np.array(wall_times)
+    seconds = times - sessions[0][0] if sessions else times
     for (_, stopped), (resumed, _) in pairwise(sessions):
-        seconds[wall_times >= resumed] -= resumed - stopped
+        seconds[times >= resumed] -= resumed - stopped
     return seconds
 
 
 def read_csv(path: Path) -> Result:
     """Read what `write` wrote."""
     with path.open() as file:
-        data = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
+        rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
     config = json.loads(path.with_suffix(".json").read_text())
-    return Result(config, *np.array(data).reshape(-1, len(COLUMNS)).T)
+    return Result(config, *np.array(rows).reshape(-1, len(COLUMNS)).T)
 
 
 def read_folder(path: Path) -> dict[str, list[Result]]:
-    """Return the results below a folder by environment, ordered by seed.
+    """Return the results below `path` by environment, ordered by seed.
 
-    The folder may be one of results (SUITE or SUITE/ENV, here or where `run` writes), a run folder
-    or a folder of run folders; `path` may also be a single CSV file.
+    It may be a folder of results (SUITE, SUITE/ENV), where `run` put a suite, a single CSV file, a
+    run folder, or a folder of run folders.
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     found = [read_csv(file) for file in files]
     found = found or [read_run(file.parent) for file in sorted(path.rglob("config.json"))]
-    found.sort(key=lambda result: (result.config["args"]["env_id"], result.config["args"]["seed"]))
-    by_env: dict[str, list[Result]] = {}
-    for result in found:
-        by_env.setdefault(result.config["args"]["env_id"], []).append(result)
-    return by_env
+    found.sort(key=lambda result: result.config["args"]["seed"])
+    env_ids = sorted({result.config["args"]["env_id"] for result in found})
+    return {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
 
 
-def write(run_dir: Path, path: Path) -> None:
-    """Write a finished run as a CSV file, a row for every training episode, with a JSON beside it.
+def write(run_dir: Path, path: Path) -> dict:
+    """Write a finished run to a CSV file, and what made it to a JSON file beside it; return that.
 
-    The JSON is the run's config.json with its evaluation and wall time, and with what `run` has
-    noted of its memory.
+    The CSV has a row for every training episode: step at its end, seconds of work until then,
+    return and length. The JSON is the run's config.json, with its evaluation, its wall time, and
+    what `run` noted of its memory.
     """
     result = read_run(run_dir)
     if "evaluation" not in result.config:
         fail(f"{run_dir} is not finished; --resume {run_dir} continues it")
     usage = run_dir.with_name(f"{run_dir.name}.usage.json")
-    usage = json.loads(usage.read_text()) if usage.exists() else {}
+    config = result.config | (json.loads(usage.read_text()) if usage.exists() else {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result.config | usage, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n")
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for step, seconds, value, length in zip(*result[1:], strict=True):
             writer.writerow((int(step), f"{seconds:.1f}", f"{value:.6g}", int(length)))
+    return config
 
 
 def export(
     run_dirs: Positional[tuple[Path, ...]] = (),
-    name: str = "",
     suite: str = "",
+    name: str = "",
     root: Path = Path("runs/benchmarks"),
 ) -> None:
-    """Write results/NAME/ENV/SEED.csv and .json for finished runs, to be committed.
-
-    The CSV has a row for every training episode: step at its end, seconds of work since the first
-    event, return and length. The JSON is the run's config.json, with its evaluation, wall time and,
-    if `run` made it, peak memory.
+    """Write finished runs to results/NAME/ENV/SEED.csv and .json, to be committed.
 
     Args:
         run_dirs: run folders.
+        suite: all finished runs of this suite.
         name: folder under results/; by default the suite, or the run's --exp-name.
-        suite: export all finished runs of a suite.
         root: where `run` put the suite.
     """
-    if not run_dirs and not suite:
-        fail("name run folders, or --suite NAME")
-    done = [path.with_suffix("") for path in sorted((root / suite).glob("*/*.csv"))] * bool(suite)
-    if suite and not done:
-        fail(f"no finished run in {root / suite}: python -m benchmarks run {suite}")
-    for run_dir in (*run_dirs, *done):
-        if run_dir in done:  # `run` has exported it there
-            config = json.loads(run_dir.with_suffix(".json").read_text())
+    if suite:
+        run_dirs = [path.with_suffix("") for path in sorted((root / suite).glob("*/*.csv"))]
+    if not run_dirs:
+        fail(f"no finished run in {root / suite}" if suite else "name run folders, or --suite NAME")
+    for run_dir in run_dirs:
+        args = json.loads((run_dir / "config.json").read_text())["args"]
+        folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
+        config = write(run_dir, folder / f"{args['seed']}.csv")
+        changed = str(config["commit"]).endswith("-dirty")
+        print(folder / f"{args['seed']}.csv", "(of a checkout with changes)" * changed)
+
+
+def command(config: dict) -> str:
+    """Return a run's command without what only said where and how often to save."""
+    words, kept = iter(shlex.split(config["command"])[2:]), []
+    for word in words:
+        if word.split("=")[0].replace("_", "-") not in WHERE:
+            kept.append(word)
+        elif "=" not in word:
+            next(words)
+    return shlex.join(["python", f"{config['script']}.py", *kept])
+
+
+def last_returns(path: Path, episodes: int = 100) -> float:
+    """Return the mean training return of the last episodes of a CSV file that `export` wrote."""
+    return float(np.mean(read_csv(path).last(episodes)))
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of the mean."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def published(config: dict) -> Published | None:
+    """Return CleanRL's figure for a run's script, steps and environment, whatever its version."""
+    with PUBLISHED.open() as file:
+        for row in csv.DictReader(file):
+            same = row["script"] == config["script"]
+            same &= int(row["steps"]) == config["args"]["total_timesteps"]
+            same &= _name(row["env_id"]) == _name(config["args"]["env_id"])
+            if same and row["source"].startswith("CleanRL"):
+                label = f"CleanRL ({row['env_id'].rsplit('-', 1)[1]})"
+                return Published(float(row["mean"]), float(row["std"]), label)
+    return None
+
+
+def _name(env_id: str) -> str:
+    """Return `Breakout` of both `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4`."""
+    return re.sub(r"^ALE/|(NoFrameskip)?-v\d+$", "", env_id)
+
+
+def table(suite: Positional[str] = "ppo_continuous") -> None:
+    """Print the README's table of a suite's committed results, and the command behind each row.
+
+    Args:
+        suite: a folder under results/.
+    """
+    if not (FOLDER / suite).is_dir():
+        fail(
+            f"no results of {suite}: python -m benchmarks run {suite}, then export --suite {suite}"
+        )
+    print("\n".join(rows(suite)))
+    print("\n```bash", *commands(suite), "```", sep="\n")
+
+
+def rows(suite: str) -> list[str]:
+    """Return the lines of the table: last 100 training episodes, mean over seeds, 95% interval."""
+    lines = [
+        "| environment | steps | return | 95% interval | each seed | CleanRL |",
+        "|---" * 6 + "|",
+    ]
+    for env_id, found in read_folder(FOLDER / suite).items():
+        values = [float(np.mean(result.last())) for result in found]
+        form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
+        low, high = (format(value, form) for value in interval(values))
+        known = published(found[0].config)
+        columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), f"{low} to {high}"
+        columns += (", ".join(format(value, form) for value in values),)
+        columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)
+        lines.append(f"| {' | '.join(columns)} |")
+    return lines
+
+
+def commands(suite: str) -> list[str]:
+    """Return for each row of the table the command that makes all its runs."""
+    lines = []
+    for env_id, found in read_folder(FOLDER / suite).items():
+        if any(env_id == x for _, x, _ in SUITES[suite].runs if suite in SUITES):
+            seeds = f"--seeds {len(found)}"
+            lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {seeds}")
         else:
-            config = json.loads((run_dir / "config.json").read_text())
-        args = config["args"]
-        target = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
-        path = target / f"{args['seed']}.csv"
-        if run_dir in done:
-            target.mkdir(parents=True, exist_ok=True)
-            for suffix in (".csv", ".json"):
-                shutil.copyfile(run_dir.with_suffix(suffix), path.with_suffix(suffix))
-        else:
-            write(run_dir, path)
-        changed = "  (from a checkout with uncommitted changes)"
-        print(path, changed * str(config["commit"]).endswith("-dirty"), sep="")
+            lines += [result.config["command"] for result in found]
+    return lines
