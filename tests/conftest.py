@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,7 +98,7 @@ def assert_same(a, b) -> None:
             assert_same(x, y)
     elif isinstance(a, (str, bytes, int, type(None))):
         assert a == b
-    else:
+    elif not (isinstance(a, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)):
         torch.testing.assert_close(
             torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0, equal_nan=True
         )

@@ -1,20 +1,25 @@
-"""Catch: a block falls through 84 x 84 pixels, and a paddle below must be where it lands."""
+"""Small environments whose observations are frames, registered the way a user's own module would."""
 
 import gymnasium as gym
 import numpy as np
 
 
 class Catch(gym.Env):
-    """Six cells wide and high; actions left, stay, right; reward 1 or -1 where the block lands."""
+    """A block falls through six cells, and a paddle below must be where it lands: reward 1 or -1.
 
-    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
-    action_space = gym.spaces.Discrete(3)
+    Actions left, stay, right; random ones end with -0.6 or so, the best always with 1.
+    """
+
+    def __init__(self, pixels=84, start=0):
+        self.cell = pixels // 6
+        self.observation_space = gym.spaces.Box(0, 255, (pixels, pixels), np.uint8)
+        self.action_space = gym.spaces.Discrete(3, start=start)
 
     def _obs(self):
         frame = np.zeros((6, 6), np.uint8)
         frame[5, self.paddle] = 255
         frame[self.row, self.column] = 255
-        return frame.repeat(14, 0).repeat(14, 1)
+        return frame.repeat(self.cell, 0).repeat(self.cell, 1)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -23,11 +28,67 @@ class Catch(gym.Env):
         return self._obs(), {}
 
     def step(self, action):
+        assert self.action_space.contains(action), action
         self.row += 1
-        self.paddle = min(max(self.paddle + int(action) - 1, 0), 5)
+        self.paddle = min(max(self.paddle + int(action - self.action_space.start) - 1, 0), 5)
         over = self.row == 5
         reward = (1.0 if self.paddle == self.column else -1.0) if over else 0.0
         return self._obs(), reward, over, False, {}
 
 
+class Clock(gym.Env):
+    """Pixels that say episode and time; rewards of all signs; ends either way, now and then both."""
+
+    observation_space = gym.spaces.Box(0, 255, (36, 36), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+    episode = 0
+
+    def _obs(self):
+        frame = np.full((36, 36), 1 + self.episode % 255, np.uint8)
+        frame[:18] = self.t
+        return frame
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.episode = 0, self.episode + 1
+        return self._obs(), {}
+
+    def step(self, action):
+        self.t += 1
+        terminated, truncated = self.np_random.random(2) < (0.1, 0.15)
+        return self._obs(), float(self.t % 5 - 2), bool(terminated), bool(truncated), {}
+
+
+class Unrepeatable(Clock):
+    """Draws from a generator that nobody seeded: a resumed run cannot find its episodes again."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.t = int(np.random.default_rng().integers(200))
+        return self._obs(), info
+
+
+class Noise(gym.Env):
+    """Frames of any shape."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, shape, dtype=np.uint8):
+        self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
 gym.register("Catch-v0", Catch)
+gym.register("SmallCatch-v0", Catch, kwargs={"pixels": 36, "start": -1})
+gym.register("Clock-v0", Clock)
+gym.register("Unrepeatable-v0", Unrepeatable)
+gym.register("Colours-v0", Noise, kwargs={"shape": (3, 84, 84)})
+gym.register("ColoursLast-v0", Noise, kwargs={"shape": (84, 84, 3)})
+gym.register("Tiny-v0", Noise, kwargs={"shape": (16, 16)})
+gym.register("Floats-v0", Noise, kwargs={"shape": (84, 84), "dtype": np.float32})

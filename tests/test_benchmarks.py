@@ -1,19 +1,50 @@
-"""The README's numbers come from the committed results, and those from runs."""
+"""The README's numbers come from the committed results, those from runs, and the runner completes."""
 
 import csv
+import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, scalars
+from conftest import ROOT, assert_same, scalars
 
 import ppo_continuous as ppo
-from benchmarks import results
+from benchmarks import plots, random_returns, results, run, speed, suites
+from common.checkpoint import load_checkpoint
+
+COMMITTED = [name for name in suites.SUITES if (results.FOLDER / name).is_dir()]
+FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
+FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
+TINY = suites.Suite(2, [("ppo_continuous", "Pendulum-v1", FLAGS)])
+RUNNER = """
+import subprocess, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from benchmarks import run, suites
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        print("pid", self.pid, flush=True)
+subprocess.Popen = Popen
+suites.SUITES["tiny"] = suites.Suite(*{suite!r})
+run.SCRIPTS = Path({scripts!r})
+run.run("tiny", workers=2)
+"""
 
 
-def test_the_readmes_table_is_the_one_that_the_results_give():
+@pytest.mark.parametrize("suite", COMMITTED)
+def test_the_readmes_tables_are_those_that_the_results_give(suite):
     readme = (ROOT / "README.md").read_text()
-    assert "\n".join(results.rows("ppo_continuous")) in readme
+    assert "\n".join(results.rows(suite)) in readme
 
 
 def test_the_readmes_other_figures_are_those_of_the_committed_files():
@@ -23,10 +54,23 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         assert f"{figure:,.0f}" in readme
     for path in results.FOLDER.glob("speed_*.json"):
         content = json.loads(path.read_text())
-        ratios = content["ratios"]
-        rates = [np.median(x["steps_per_second"]) for x in content.values() if isinstance(x, dict)]
-        spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        assert f"{rates[0]:,.0f} | {rates[1]:,.0f} | {spread}" in readme
+        for measured in content.get("measurements", [content]):
+            ratios = measured["ratios"]
+            series = [x for x in measured.values() if isinstance(x, dict)]
+            rates = [np.median(x["steps_per_second"]) for x in series]
+            spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            assert f"{rates[0]:,.0f} | {rates[1]:,.0f} | {spread}" in readme
+
+
+def test_the_readmes_pictures_are_drawn_from_the_committed_files():
+    image = pytest.importorskip("PIL.Image")
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((benchmarks/results/\w+\.png)\)", readme):
+        suite = re.sub(r"(_time|_aggregate)?\.png$", "", Path(path).name)
+        drawn_from = image.open(ROOT / path).text.get("Description")
+        if drawn_from is None:
+            pytest.skip(f"{path} does not say what it was drawn from; draw it again")
+        assert drawn_from == plots.digest(results.read_folder(results.FOLDER / suite))
 
 
 def test_committed_results_say_how_they_were_made():
@@ -41,6 +85,22 @@ def test_committed_results_say_how_they_were_made():
         assert steps == sorted(steps) and steps[-1] > 0.98 * config["args"]["total_timesteps"]
         if config["args"]["num_envs"] == 1:  # no episode is missing
             assert np.cumsum([int(row["length"]) for row in rows]).tolist() == steps
+
+
+@pytest.mark.parametrize("suite", COMMITTED)
+def test_no_seed_of_committed_results_is_left_out(suite):
+    for found in results.read_folder(results.FOLDER / suite).values():
+        seeds = [result.config["args"]["seed"] for result in found]
+        assert seeds == list(range(1, suites.SUITES[suite].seeds + 1))
+
+
+def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
+    known = random_returns.read()
+    env_ids = {env_id for suite in suites.SUITES.values() for _, env_id, _ in suite.runs}
+    assert env_ids <= known.keys()
+    monkeypatch.setattr(random_returns, "FILE", Path("random.csv"))
+    random_returns.random(("CartPole-v1",))
+    assert random_returns.read() == {"CartPole-v1": known["CartPole-v1"]}
 
 
 def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
@@ -62,8 +122,40 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
     expected = scalars(tmp_path / "r")["charts/episodic_return"]
     assert [(int(row["step"]), float(row["return"])) for row in rows] == expected
     assert results.last_returns(path) == pytest.approx(np.mean([x for _, x in expected[-100:]]))
+    times = [float(row["seconds"]) for row in rows]
+    assert times == sorted(times) and times[0] >= 0
+    config = json.loads(path.with_suffix(".json").read_text())
+    assert config["evaluation"]["step"] == 1024 and config["wall_seconds"] >= times[-1] - 0.1
+    assert results.read_folder(Path("r"))["InvertedPendulum-v5"][0].steps.tolist() == [
+        step for step, _ in expected
+    ]
+    args = dataclasses.replace(args, run_dir="unfinished")
+    monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
+    with pytest.raises(SystemExit):
+        results.export([ppo.train(args)])
+
+
+def test_the_command_is_kept_without_what_says_only_where():
     config = {"script": "ppo_continuous", "command": "python a/x.py --seed 7 --run-dir r --squash"}
-    assert results._command(config) == "python ppo_continuous.py --seed 7 --squash"
+    assert results.command(config) == "python ppo_continuous.py --seed 7 --squash"
+    config["command"] = "python x.py --run_dir=r --checkpoint-every 5 --env-id A"
+    assert results.command(config) == "python ppo_continuous.py --env-id A"
+
+
+def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
+    sessions = {"events.out.tfevents.1": (100, 110), "events.out.tfevents.2": (1000, 1003)}
+    sessions |= {"events.out.tfevents.3": (2000, 2001)}
+    for name in sessions:
+        (tmp_path / name).touch()
+
+    def load(path):
+        return SimpleNamespace(
+            Load=lambda: [SimpleNamespace(wall_time=x) for x in sessions[Path(path).name]]
+        )
+
+    monkeypatch.setattr(results, "EventFileLoader", load)
+    seconds = results._seconds(tmp_path, [101, 109, 1001, 1003, 2001])
+    assert seconds.tolist() == [1, 9, 11, 13, 14]
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -73,3 +165,311 @@ def test_interval_covers_the_mean_as_often_as_it_says():
         low, high = results.interval(rng.normal(3.0, 1.0, 20).tolist())
         hits += low <= 3.0 <= high
     assert 0.85 < hits / 200 <= 0.99
+
+
+def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episodes=300):
+    """A run that climbs from 0 to `level`, and stays there for its last 100 episodes."""
+    rng = np.random.default_rng(seed)
+    args = {"env_id": env_id, "seed": seed, "total_timesteps": total, "num_envs": 1}
+    config = {
+        "script": "ppo_continuous",
+        "args": args,
+        "command": f"python ppo_continuous.py --seed {seed}",
+    }
+    steps = np.linspace(0, total, episodes + 1)[1:].round()
+    returns = np.minimum(level, np.linspace(0, 1.5 * level, episodes)) + rng.normal(0, 20, episodes)
+    lengths = np.diff(steps, prepend=0)
+    return results.Result(config, steps, steps / 5000, returns.round(2), lengths)
+
+
+def write_result(result, folder):
+    """Write it as `results.write` does."""
+    path = folder / result.config["args"]["env_id"] / f"{result.config['args']['seed']}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result.config))
+    rows = (",".join(f"{x:.10g}" for x in row) for row in zip(*result[1:]))
+    path.write_text("\n".join([",".join(results.COLUMNS), *rows]) + "\n")
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A folder of results with a suite of two environments and three seeds."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    for env_id, level in (("HalfCheetah-v5", 1442.64), ("Hopper-v5", 2000.0)):
+        for seed in (1, 2, 3):
+            folder = results.FOLDER / "ppo_continuous"
+            write_result(make_result(env_id, seed, level + 100 * (seed - 2)), folder)
+    return results.FOLDER / "ppo_continuous"
+
+
+def test_a_result_is_read_as_it_was_written(suite):
+    for result in results.read_folder(suite)["Hopper-v5"]:
+        level = 2000.0 + 100 * (result.config["args"]["seed"] - 2)
+        expected = make_result("Hopper-v5", result.config["args"]["seed"], level)
+        assert result.config == expected.config
+        assert all(np.array_equal(a, b) for a, b in zip(result[1:], expected[1:]))
+
+
+def test_the_table_has_published_figures_and_commands(suite, capsys):
+    results.table("ppo_continuous")
+    out = capsys.readouterr().out
+    assert out.count("\n| H") == 2 and "| 1,443 ± 46 |" in out and "| 2,383 ± 272 |" in out
+    assert "python -m benchmarks run ppo_continuous --env-ids Hopper-v5 --seeds 3\n" in out
+    assert f"benchmarks compare {os.path.relpath(suite)} runs/benchmarks/ppo_continuous\n" in out
+    write_result(make_result("Pusher-v5", 1, -40.0), results.FOLDER / "mine")
+    write_result(make_result("My-v0", 1, 3.0, total=500), results.FOLDER / "mine")
+    results.table("mine")
+    out = capsys.readouterr().out
+    assert "| -40.4 ± 7.2 |" in out and re.search(r"My-v0 \| 500 .* - \|\n", out)
+    assert out.count("python ppo_continuous.py --seed 1\n") == 2
+    with pytest.raises(SystemExit):
+        results.table("nothing")
+
+
+def assert_picture(path):
+    image = pytest.importorskip("PIL.Image").open(path)
+    assert image.size[0] > 400 and image.size[1] > 300 and 5_000 < path.stat().st_size < 2_000_000
+    assert len(np.unique(np.asarray(image))) > 50
+
+
+def test_plot_draws_curves_and_aggregates(suite, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rliable")
+    plots.plot()
+    for name in ("ppo_continuous", "ppo_continuous_time", "ppo_continuous_aggregate"):
+        assert_picture(suite.parent / f"{name}.png")
+    random = random_returns.read()
+    scores, _ = plots.normalised(results.read_folder(suite))
+    assert scores["HalfCheetah-v5"][1] == pytest.approx(1.0, abs=0.01)
+    level = (2100 - random["Hopper-v5"]) / (2382.86 - random["Hopper-v5"])
+    assert scores["Hopper-v5"][2] == pytest.approx(level, abs=0.01)
+    mean = np.mean(np.sort(np.concatenate(list(scores.values())))[1:-1])  # of 6, a quarter off
+    assert f"interquartile mean {mean:.2f} (" in capsys.readouterr().out
+    digest = plots.digest(results.read_folder(suite))
+    write_result(make_result("Hopper-v5", 3, 2101.0), suite)
+    assert plots.digest(results.read_folder(suite)) != digest
+
+
+def test_plot_does_without_rliable_and_without_published_values(suite, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, "rliable", None)
+    plots.plot(("ppo_continuous",))
+    assert capsys.readouterr().out.count("pip install") == 1
+    assert_picture(suite.parent / "ppo_continuous.png")
+    assert not (suite.parent / "ppo_continuous_aggregate.png").exists()
+    write_result(make_result("My-v0", 1, 3.0, total=500, episodes=3), Path("runs/benchmarks/mine"))
+    write_result(make_result("My-v1", 1, 3.0, episodes=0), Path("runs/benchmarks/mine"))
+    plots.plot(("mine",))
+    assert_picture(Path("runs/benchmarks/mine.png"))
+    with pytest.raises(SystemExit):
+        plots.plot(("nothing",))
+
+
+def test_a_curve_has_the_mean_of_each_window():
+    config = {"args": {"total_timesteps": 100}}
+    steps, returns = np.array([15.0, 20, 21, 80]), np.array([1.0, 3, 10, 4])
+    result = results.Result(config, steps, np.array([1.0, 2, 2, 8]), returns, steps)
+    ends, means = plots.curve(result, 100, windows=5)
+    assert ends.tolist() == [20, 40, 60, 80, 100]
+    assert means.tolist()[:4] == [2, 10, 7, 4] and np.isnan(means[4])
+    assert plots.seconds_at(np.array([15, 21, 50.5, 80]), result).tolist() == [1, 2, 5, 8]
+
+
+def test_compare_says_whether_a_change_helped(suite, capsys):
+    pytest.importorskip("matplotlib")
+    for seed, level in ((1, 1500.0), (2, 1600.0), (3, 1700.0)):
+        write_result(make_result("Hopper-v5", seed, level), Path("b"))
+    plots.compare(suite, Path("b"))
+    out = capsys.readouterr().out
+    low, high = map(float, re.search(r"interval ([-+,\d.]+) to ([-+,\d.]+)", out).groups())
+    assert low < -400 < high < 0 and out.endswith(f"b is worse on Hopper-v5 than {suite}.\n")
+    assert_picture(Path("runs/compare.png"))
+    plots.compare(suite / "Hopper-v5" / "2.csv", suite)
+    assert "repeats" in capsys.readouterr().out
+    write_result(make_result("Hopper-v5", 4, 2001.0), Path("c"))
+    plots.compare(suite, Path("c"))
+    out = capsys.readouterr().out
+    assert f"c cannot be told from {suite}" in out and "single seed" in out
+    with pytest.raises(SystemExit):
+        plots.compare(suite / "HalfCheetah-v5", Path("b"))
+
+
+def test_the_interval_of_a_difference_covers_it():
+    hits = 0
+    for i in range(100):
+        rng = np.random.default_rng(i)
+        a, b = (
+            [make_result()._replace(returns=rng.normal(level, 1.0, 1)) for _ in range(12)]
+            for level in (3.0, 4.0)
+        )
+        low, high = plots.difference(a, b)
+        hits += low <= 1.0 <= high
+    assert 0.83 < hits / 100 <= 0.99
+
+
+def test_speed_is_measured_in_the_steady_state():
+    times = [(step, 10 + 5 + step / 100) for step in range(0, 5001, 500)]
+    rate, startup = speed.steady(times, 10.0, {"num_steps": 500, "num_envs": 2})
+    assert rate == pytest.approx(100) and startup == pytest.approx(5)
+    fast = [(step, when - 9.0 * (step >= 1000)) for step, when in times]  # 1,000 steps in 1 s
+    rate, startup = speed.steady(fast, 10.0, speed.OFF_POLICY)
+    assert rate == pytest.approx(100) and startup == pytest.approx(6)
+    with pytest.raises(SystemExit):
+        speed.steady(times, 10.0, {"num_steps": 5000, "num_envs": 1, "total_timesteps": 5000})
+    ours = {"steps_per_second": [900, 1000, 1100], "startup_seconds": [1, 2, 3]}
+    theirs = {"steps_per_second": [300, 250, 200], "startup_seconds": [1, 1, 1]}
+    a = {"env_id": "A", "num_envs": 1, "s.py": ours, speed.PEER: theirs, "ratios": [3.0, 4.0, 5.5]}
+    b = {"env_id": "A", "num_envs": 4, "s.py": {"steps_per_second": [2500], "startup_seconds": [2]}}
+    rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
+    first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
+    assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
+
+
+def test_progress_is_read_from_the_log():
+    log = "1,000 of 4,000 steps (25%) | 313 steps/s | 00:09 left | return 0.0 (last 6)\n"
+    assert run.read_progress(log) == (1000, 4000, 313, "00:09", 0.0)
+    log += "2,000 of 4,000 steps (50%) | 1,313 steps/s | 1:00:09 left | \nTraceback\n"
+    assert run.read_progress(log) == (2000, 4000, 1313, "1:00:09", None)
+    log += "4,000 of 4,000 steps (100%) | 9 steps/s | 00:00 left | return -1,234.5 (last 100)\n"
+    assert run.read_progress(log).recent_return == -1234.5
+    assert run.read_progress("error: no such thing\n") is None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A tiny suite that ran through."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suites.SUITES, "tiny", TINY)
+        run.run("tiny", workers=2, run_dir=folder)
+    return folder / "tiny" / "Pendulum-v1"
+
+
+def start_runner(scripts=ROOT) -> tuple[subprocess.Popen, list[int]]:
+    """Start a runner of the tiny suite, and return it with the process ids of its two runs."""
+    code = RUNNER.format(root=str(ROOT), scripts=str(scripts), suite=tuple(TINY))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    lines = (line for line in process.stdout if line.startswith("pid"))
+    return process, [int(next(lines).split()[1]) for _ in range(2)]
+
+
+def wait_for(words: str, *logs: Path) -> None:
+    for _ in range(6000):
+        if all(log.exists() and words in log.read_text() for log in logs):
+            return
+        time.sleep(0.01)
+    raise AssertionError([log.read_text() for log in logs])
+
+
+def assert_same_results(folder: Path, expected: Path) -> None:
+    for seed in (1, 2):
+        a, b = (results.read_csv(x / f"{seed}.csv") for x in (folder, expected))
+        for name in ("steps", "returns", "lengths"):
+            assert np.array_equal(getattr(a, name), getattr(b, name))
+        a, b = (load_checkpoint(x / str(seed) / "checkpoint.pt") for x in (folder, expected))
+        del a["args"], b["args"]  # of which --run-dir and --resume differ
+        assert_same(a, b)
+
+
+def test_a_run_is_the_command_that_a_user_would_type(undisturbed):
+    log = (undisturbed / "1.log").read_text()
+    flags = f"--env-id Pendulum-v1 --seed 1 {FLAGS} --num-threads 1"
+    assert re.match(rf"\$ python \S*ppo_continuous.py {flags} --run-dir {undisturbed}/1\n", log)
+    now = run.read_progress(log)
+    assert now.step == now.total == 2048 and now.recent_return < 0
+    config = json.loads((undisturbed / "1.json").read_text())
+    flags = flags.replace(" --checkpoint-every 128", "")
+    assert config["command"] == f"python ppo_continuous.py {flags}"
+    assert 50 < config["peak_memory_mb"] < 5000 and config["evaluation"]["step"] == 2048
+
+
+def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undisturbed):
+    """The runner and its runs are killed; the second call ends with the same results."""
+    folder = Path("runs/benchmarks/tiny/Pendulum-v1")
+    logs = [folder / "1.log", folder / "2.log"]
+    process, pids = start_runner()
+    wait_for(" steps/s ", logs[0])
+    saved = (folder / "1" / "checkpoint.pt").stat().st_mtime_ns
+    while (folder / "1" / "checkpoint.pt").stat().st_mtime_ns == saved:
+        time.sleep(0.002)
+    for pid in (process.pid, *pids):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert "done: " not in logs[0].read_text()
+    monkeypatch.setitem(suites.SUITES, "tiny", TINY)
+    run.run("tiny", workers=2)
+    assert "--resume" in logs[0].read_text() and "2 of 2 finished" in capsys.readouterr().out
+    assert_same_results(folder, undisturbed)
+    before = [log.read_text() for log in logs]
+    monkeypatch.setattr(run.subprocess, "Popen", None)  # what is finished is not repeated
+    run.run("tiny", workers=2)
+    assert [log.read_text() for log in logs] == before
+
+
+def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is_reported(
+    monkeypatch, capsys, undisturbed
+):
+    folder = Path("runs/benchmarks/tiny/Pendulum-v1")
+    shutil.copytree(undisturbed, folder)
+    (folder / "1.log").unlink()
+    (folder / "1.csv").unlink()
+    (folder / "1" / "checkpoint.pt").write_bytes(b"half of a checkpoi")
+    suite = suites.Suite(2, [*TINY.runs, ("ppo_continuous", "Nowhere-v0", "")])
+    monkeypatch.setitem(suites.SUITES, "tiny", suite)
+    with pytest.raises(SystemExit) as ended:
+        run.run("tiny", workers=3)
+    out = capsys.readouterr().out
+    assert ended.value.code == 1 and "2 of 4 finished" in out
+    assert "failed: Nowhere-v0/1 exit 2: error: --env-id Nowhere-v0: " in out
+    assert (folder / "1.unusable").is_dir()
+    assert_same_results(folder, undisturbed)
+    runs = [(script, env_id, flags + " --squash") for script, env_id, flags in TINY.runs]
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite(2, runs))
+    with pytest.raises(SystemExit):  # it does not go on with what was made by another command
+        run.run("tiny")
+    assert "Pendulum-v1/2 runs/benchmarks/tiny/Pendulum-v1/2 was made by" in capsys.readouterr().out
+
+
+def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ppo_continuous.py").write_text("""
+import json, pathlib, shlex, signal, sys, time
+if "--resume" in sys.argv:
+    print("done: again")
+    raise SystemExit
+def stop(*_):
+    print("stopped at step 5", flush=True)
+    raise SystemExit(130)
+signal.signal(signal.SIGINT, stop)
+folder = pathlib.Path(sys.argv[-1])
+folder.mkdir()
+config = {"script": "ppo_continuous", "command": shlex.join(["python", *sys.argv])}
+(folder / "config.json").write_text(json.dumps(config))
+(folder / "checkpoint.pt").touch()
+print("ready", flush=True)
+time.sleep(60)
+""")
+    folder = Path("runs/benchmarks/tiny/Pendulum-v1")
+    logs = [folder / "1.log", folder / "2.log"]
+    process, _ = start_runner(tmp_path)
+    wait_for("ready", *logs)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "go on: python -m benchmarks" in out
+    assert all(log.read_text().endswith("stopped at step 5\n") for log in logs)
+
+    shutil.rmtree("runs")
+    process, pids = start_runner(tmp_path)
+    wait_for("ready", *logs)
+    process.kill()  # alone: its runs live on
+    process.wait()
+    monkeypatch.setattr(run, "SCRIPTS", tmp_path)
+    monkeypatch.setitem(suites.SUITES, "tiny", TINY)
+    monkeypatch.setattr(results, "write", lambda run_dir, path: path.touch())
+    job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
+    job.start(1)
+    assert job.state == "elsewhere" and job.process is None
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    run.run("tiny")
+    assert "2 of 2 finished" in capsys.readouterr().out
+    assert [log.read_text().count("\ndone: again\n") for log in logs] == [1, 1]

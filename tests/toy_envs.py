@@ -135,7 +135,9 @@ for kind, discrete in (("", False), ("-discrete", True)):
     for end in ("truncated", "terminated", "both"):
         gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
     for where in ("reward", "observation"):
-        gym.register(f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete})
+        gym.register(
+            f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
+        )
     gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
 for cls in (Shaped, Buttons, Opaque, Unrepeatable, Flags, Pictures, Unbounded):
     gym.register(f"{cls.__name__}-v0", cls)

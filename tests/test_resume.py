@@ -1,0 +1,167 @@
+"""Stopping and going on: killed, signalled, in the middle of writing. Both scripts."""
+
+import dataclasses
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_same,
+    assert_same_runs,
+    command,
+    flags,
+    kill_after_checkpoint,
+    run_script,
+)
+
+from common import envs
+from common.checkpoint import load_checkpoint
+from common.tensors import ReturnStatistics
+
+SHORT = {"num_envs": 1, "num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
+SHORT |= {"eval_episodes": 2, "compile": False}
+
+
+@pytest.mark.parametrize(
+    "script, env_id, num_envs, compiled",
+    [
+        ("ppo_continuous.py", "Hopper-v5", 4, True),
+        ("ppo_continuous.py", "HalfCheetah-v5", 1, False),
+        ("ppo_continuous.py", "Pendulum-v1", 4, False),
+        ("ppo_continuous.py", "MountainCarContinuous-v0", 1, False),
+        ("ppo_continuous.py", "toy_envs:Opaque-v0", 4, False),
+        ("ppo_discrete.py", "CartPole-v1", 4, True),
+        ("ppo_discrete.py", "Acrobot-v1", 1, False),
+    ],
+)
+def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, script, env_id, num_envs, compiled):
+    """SIGKILL at random moments; the same weights to the last bit, the same scalars."""
+    arguments = SHORT | {
+        "env_id": env_id,
+        "num_envs": num_envs,
+        "compile": compiled,
+        "total_timesteps": 64 * num_envs * 60,
+        "checkpoint_every": 64 * num_envs * 3,
+        "eval_every": 64 * num_envs * 20,
+        "seed": 3,
+        "norm_obs": True,
+        "norm_reward": True,
+    }
+    run_script(script, *flags(**arguments, run_dir="whole"), cwd=tmp_path)
+    checkpoint, kills = tmp_path / "killed" / "checkpoint.pt", 0
+    words = flags(**arguments, run_dir="killed")
+    while kills < 3 and kill_after_checkpoint(script, words, checkpoint, cwd=tmp_path):
+        kills += 1
+        words = ["--resume", "killed"]
+    assert kills > 0
+    run_script(script, "--resume", "killed", cwd=tmp_path)
+    assert (
+        load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["global_step"] == 64 * num_envs * 60
+    )
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path):
+    """The process dies with half a checkpoint written; the one before it is whole."""
+    script = "ppo_continuous.py"
+    arguments = flags(env_id="Pendulum-v1", total_timesteps=64 * 12, checkpoint_every=64, **SHORT)
+    run_script(script, *arguments, "--run-dir", "whole", cwd=tmp_path)
+    saboteur = tmp_path / "saboteur.py"
+    saboteur.write_text(f"""
+import io, os, runpy, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+original, calls = torch.save, []
+def save(content, file):
+    calls.append(1)
+    if len(calls) == 6:
+        whole = io.BytesIO()
+        original(content, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), 9)
+    original(content, file)
+torch.save = save
+sys.argv = ["{script}", *sys.argv[1:]]
+runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+""")
+    died = subprocess.run(
+        command(saboteur, *arguments, "--run-dir", "killed"), cwd=tmp_path, capture_output=True
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["global_step"] == 64 * 4
+    run_script(script, "--resume", "killed", cwd=tmp_path)
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_saving_and_evaluating_do_not_change_training(ppo):
+    env_id, agents = {"ppo_continuous": "Hopper-v5", "ppo_discrete": "CartPole-v1"}[ppo.SCRIPT], []
+    for every in (0, 64):
+        options = SHORT | {"checkpoint_every": every, "eval_every": every * 2}
+        args = ppo.Args(env_id=env_id, total_timesteps=640, run_dir=f"r{every}", **options)
+        agents.append(dict(ppo.load_agent(ppo.train(args)).state_dict()))
+    assert_same(*agents)
+
+
+@pytest.mark.parametrize(
+    "script, env_id, number",
+    [
+        ("ppo_continuous.py", "Pendulum-v1", signal.SIGINT),
+        ("ppo_continuous.py", "Pendulum-v1", signal.SIGTERM),
+        ("ppo_discrete.py", "CartPole-v1", signal.SIGINT),
+    ],
+)
+def test_signals_save_and_say_how_to_go_on(tmp_path, script, env_id, number):
+    options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"}
+    process = subprocess.Popen(
+        command(ROOT / script, *flags(env_id=env_id, **options)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "steps/s" in line:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert f"python {script} --resume r" in out
+    step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
+    assert step > 0 and f"stopped at step {step:,}" in out
+    more = run_script(script, "--resume", "r", "--total-timesteps", step + 128, cwd=tmp_path).stdout
+    assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == step + 128, more
+    finished = run_script(script, "--resume", "r", cwd=tmp_path)
+    assert "finished" in finished.stdout and (tmp_path / "r" / "checkpoint.pt").is_file()
+
+
+def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
+    """New episodes begin, so that no sum of discounted rewards goes on across the gap either."""
+    import ppo_continuous as ppo
+
+    options = SHORT | {"num_envs": 16, "anneal_lr": False, "run_dir": "r"}
+    args = ppo.Args(env_id="toy_envs:Unrepeatable-v0", total_timesteps=1024, **options)
+    ppo.train(args)
+    checkpoint = load_checkpoint("r/checkpoint.pt")
+    lost, carries = [], []
+    load, update = envs.Environments.load_state_dict, ReturnStatistics.update_from_rewards
+
+    def load_spy(self, state):
+        load(self, state)
+        lost.append(self.lost)
+
+    def update_spy(self, *args):
+        carries.append(self.carry.clone())
+        update(self, *args)
+
+    monkeypatch.setattr(envs.Environments, "load_state_dict", load_spy)
+    monkeypatch.setattr(ReturnStatistics, "update_from_rewards", update_spy)
+    capsys.readouterr()
+    ppo.train(dataclasses.replace(args, resume="r", total_timesteps=3072), checkpoint)
+    assert capsys.readouterr().out.count("new episodes") == 1
+    (lost,) = lost
+    expected = torch.where(torch.tensor(lost), 0.0, checkpoint["agent"]["return_statistics.carry"])
+    assert np.any(lost) and len(carries) == 2 and torch.equal(carries[0], expected)
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072
