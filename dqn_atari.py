@@ -1,9 +1,8 @@
 """Deep Q-Network (DQN) for Atari, in one file, with the improvements that are best known.
 
 Learn from random batches of a replay what each action is worth, with targets of a copy that follows
-now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, "Human-level
-control through deep reinforcement learning". A flag each adds --double (van Hasselt et al. 2016),
---dueling (Wang et al. 2016), --prioritized (Schaul et al. 2016) and --n-step returns.
+now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, Nature 518.
+Flags: --double (van Hasselt 2016), --dueling (Wang 2016), --prioritized (Schaul 2016), --n-step.
 
     python dqn_atari.py
     python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --double --dueling
@@ -56,9 +55,9 @@ class Args:
     """record the first episode of every evaluation to the run folder's videos/"""
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
-    resume: str = ""
+    resume: str | None = None
     """continue the run in this folder, exactly as if it had never stopped"""
-    evaluate: str = ""
+    evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
@@ -173,7 +172,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         weight = next(self.parameters())
         obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
 
 
 class SumTree:
@@ -233,7 +232,8 @@ class Replay:
         self.num_frames = self.num_rows = self.oldest = 0  # ever kept, ever added, first row left
 
     def start(self, obs: np.ndarray) -> None:
-        """Begin with observations [N, 4, H, W]."""
+        """Begin with observations [N, 4, H, W]; episodes before them are cut off."""
+        self.ends[self.num_rows % len(self.rewards) - 1, :, 1] = True
         self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
 
     def _keep(self, frames: np.ndarray) -> np.ndarray:
@@ -250,10 +250,12 @@ class Replay:
         """Add a transition of every environment; `obs` are the next observations."""
         reward = np.sign(reward) if self.args.clip_reward else reward
         shown = self._keep(obs[:, -1])
-        led_to = shown.copy()
+        next_frames = shown.copy()
         if truncated.any():  # to a last frame that `obs` does not show anymore
-            led_to[truncated] = self._keep(np.stack([x[-1] for x in infos["final_obs"][truncated]]))
-        numbers = np.column_stack((self.shown, led_to))
+            next_frames[truncated] = self._keep(
+                np.stack([x[-1] for x in infos["final_obs"][truncated]])
+            )
+        numbers = np.column_stack((self.shown, next_frames))
         self.shown = np.column_stack((self.shown[:, 1:], shown))
         self.shown[infos["over"], :-1] = 0
 
@@ -330,7 +332,8 @@ class Replay:
         state["frames"] = kept.clone() if len(kept) < len(self.frames) else kept
         state["needs"] = torch.from_numpy(self.needs.copy())
         state["shown"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
-        state["leaves"], state["max_priority"] = self.tree.leaves, self.max_priority
+        state |= {"leaves": self.tree.leaves, "sums": self.tree.sums}
+        state |= {"max_priority": self.max_priority}
         return state | {"counts": (self.num_frames, self.num_rows, self.oldest)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -341,7 +344,7 @@ class Replay:
         self.needs[:] = state["needs"]
         self.shown = None if state["shown"] is None else state["shown"].numpy()
         self.tree.leaves.copy_(state["leaves"])
-        self.tree.sums = self.tree.leaves.sum(1)
+        self.tree.sums.copy_(state["sums"])
         self.max_priority = state["max_priority"].to(self.max_priority)
 
 
@@ -380,17 +383,17 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
         obs, action, reward, discount, next_obs = batch
         next_q = q_values(target, next_obs)
         choosing_q = q_values(critic, next_obs) if args.double else next_q
-        wanted = td_target(reward, discount, next_q, choosing_q)
+        y = td_target(reward, discount, next_q, choosing_q)
 
         def loss(critic):
             q = q_values(critic, obs).gather(1, action[:, None]).squeeze(1)
-            return td_loss(q, wanted, weight, args.loss), q
+            return td_loss(q, y, weight, args.loss), q
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         if args.max_grad_norm:
             gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
         optimizer.step(critic, gradient, args.learning_rate)
-        return torch.stack((value, q.mean())), wanted - q
+        return torch.stack((value, q.mean())), y - q
 
     return update
 
@@ -417,7 +420,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     optimizer = tensors.FlatAdam(critic, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     replay = Replay(args, obs_space.shape, device)
-    update = runs.compile_function(make_update(agent, optimizer, args), args)
+    update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     if args.checkpoint_replay:
@@ -485,7 +488,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT)
-    if args.evaluate:
+    if args.evaluate is not None:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
     else:

@@ -56,9 +56,9 @@ class Args:
     """record the first episode of every evaluation to the run folder's videos/"""
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
-    resume: str = ""
+    resume: str | None = None
     """continue the run in this folder, exactly as if it had never stopped"""
-    evaluate: str = ""
+    evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
@@ -147,8 +147,8 @@ class Agent(nn.Module):
         self.args = args
         self.obs_statistics = tensors.RunningStatistics(obs_shape)
         self.return_statistics = tensors.ReturnStatistics(args.num_envs)
-        self.register_buffer("low", torch.from_numpy(action_space.low).float())
-        self.register_buffer("high", torch.from_numpy(action_space.high).float())
+        for name, bound in zip(("low", "high"), tensors.bounds(action_space)):
+            self.register_buffer(name, bound)
 
     def encode(self, obs: torch.Tensor) -> torch.Tensor:
         """Normalise observations [B, *obs_shape], clip them at 10 deviations, flatten them."""
@@ -166,7 +166,7 @@ class Agent(nn.Module):
         action = torch.addcmul(self.actor(self.encode(obs)), self.log_std.exp(), noise)
         env_action = action.view(-1, *self.low.shape)
         if self.args.squash:
-            return action, self.low + (self.high - self.low) * (env_action.tanh() + 1) / 2
+            env_action = self.low + (self.high - self.low) * (env_action.tanh() + 1) / 2
         return action, env_action.clamp(self.low, self.high)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         weight = next(self.parameters())
         obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
 
 
 class Rollout:
@@ -277,7 +277,7 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
     if rollout.final_obs:  # where an episode was cut: its real last observation
         final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
-    rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
+    rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
     ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
@@ -310,7 +310,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
-    update = runs.compile_function(make_update(agent, optimizer, args), args)
+    update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     environments = envs.Environments(args)
     rollout = Rollout(args, obs_space, action_space, device)
     batch_size = args.num_envs * args.num_steps
@@ -337,6 +337,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
             ends = rollout.terminations | rollout.truncations
             run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
             # update, with the very statistics that the rollout was collected with
@@ -387,7 +388,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT)
-    if args.evaluate:
+    if args.evaluate is not None:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
     else:

@@ -59,9 +59,9 @@ class Args:
     """record the first episode of every evaluation to the run folder's videos/"""
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
-    resume: str = ""
+    resume: str | None = None
     """continue the run in this folder, exactly as if it had never stopped"""
-    evaluate: str = ""
+    evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
@@ -188,7 +188,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         weight = next(self.parameters())
         obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
 
 
 class Rollout:
@@ -283,7 +283,7 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
     if rollout.final_obs:  # where an episode was cut: its real last observation
         final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
-    rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
+    rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
     ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
@@ -316,7 +316,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
-    update = runs.compile_function(make_update(agent, optimizer, args), args)
+    update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     environments = envs.Environments(args)
     rollout = Rollout(args, obs_space, action_space, device)
     batch_size = args.num_envs * args.num_steps
@@ -343,6 +343,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
             ends = rollout.terminations | rollout.truncations
             run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
             # update, with the very statistics that the rollout was collected with
@@ -393,7 +394,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT, ATARI)
-    if args.evaluate:
+    if args.evaluate is not None:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
     else:

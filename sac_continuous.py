@@ -55,9 +55,9 @@ class Args:
     """record the first episode of every evaluation to the run folder's videos/"""
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
-    resume: str = ""
+    resume: str | None = None
     """continue the run in this folder, exactly as if it had never stopped"""
-    evaluate: str = ""
+    evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
@@ -87,7 +87,7 @@ class Args:
     tau: float = 0.005
     """how far the target network moves towards the Q-network"""
     target_network_frequency: int = 1
-    """environment steps between moves of the target network"""
+    """updates between moves of the target network"""
     batch_size: int = 256
     """transitions in a batch"""
     learning_starts: int = 5000
@@ -169,8 +169,8 @@ class Agent(nn.Module):
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
         self.register_buffer("log_alpha", torch.tensor([log_alpha]))
         self.register_buffer("obs_shape", torch.tensor(obs_shape))
-        self.register_buffer("low", torch.from_numpy(action_space.low).float())
-        self.register_buffer("high", torch.from_numpy(action_space.high).float())
+        for name, bound in zip(("low", "high"), tensors.bounds(action_space)):
+            self.register_buffer(name, bound)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
@@ -180,14 +180,15 @@ class Agent(nn.Module):
 
     def env_action(self, action: torch.Tensor) -> torch.Tensor:
         """Bring actions [B, A] in [-1, 1] into the environment's bounds and shape."""
-        return self.low + (self.high - self.low) * (action.view(-1, *self.low.shape) + 1) / 2
+        action = self.low + (self.high - self.low) * (action.view(-1, *self.low.shape) + 1) / 2
+        return action.clamp(self.low, self.high)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
         weight = next(self.parameters())
         obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()
+        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
 
 
 class Replay:
@@ -209,11 +210,11 @@ class Replay:
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
         """Add a transition of every environment; `obs` are the next observations."""
-        before, led_to = self.shown, obs.copy()
+        before, next_obs = self.shown, obs.copy()
         self.start(obs)
         for n in np.flatnonzero(terminated | truncated):  # the last one, which `obs` has no more
-            led_to[n] = infos["final_obs"][n]
-        parts = before, action, reward, terminated, led_to
+            next_obs[n] = infos["final_obs"][n]
+        parts = before, action, reward, terminated, next_obs
         parts = [np.reshape(part, (len(obs), -1)) for part in parts]
         rows = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
         begin = self.num_rows % len(self.rows)
@@ -300,11 +301,11 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
         obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
         next_action, log_prob = act(actor, next_obs, noise)
         next_q, alpha = q_values(target, next_obs, next_action), log_alpha.exp()
-        wanted = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
+        y = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
         def loss(critic):
             q = q_values(critic, obs, action)
-            return critic_loss(q, wanted), q
+            return critic_loss(q, y), q
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
@@ -350,7 +351,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     replay = Replay(args, obs_space.shape, action_size, device)
     updates = make_updates(agent, optimizer, replay.columns, args)
-    update_critic, update_actor = (runs.compile_function(update, args) for update in updates)
+    update_critic, update_actor = (runs.compile_function(x, args, device) for x in updates)
     batch_noise = torch.zeros(args.batch_size, action_size, device=device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
@@ -388,7 +389,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                             batch_noise.normal_(generator=rng["replay"])
                             policy_losses = update_actor(critic, actor, *batch)
                         metrics.append(torch.cat((losses, policy_losses)))
-                    if int(i / args.utd_ratio) % args.target_network_frequency == 0:
+                    if i % args.target_network_frequency == 0:
                         target.lerp_(critic, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
@@ -421,7 +422,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
 def main() -> None:
     """Train, resume or evaluate, as the command line says."""
     args, checkpoint = runs.parse_args(Args, SCRIPT)
-    if args.evaluate:
+    if args.evaluate is not None:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
     else:

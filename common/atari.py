@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from common.seeding import stream_seed
+from common.seeding import env_seed
 
 PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
 to 30 no-ops, at most 108,000 frames; a lost life ends the agent's episode, not the game, and the
@@ -57,7 +57,7 @@ class AtariGames(VectorEnv):
         for i in indices:
             self.episode[i], self.actions[i] = self.episode[i] + 1, []
         self.waiting[which] = False
-        seeds = seeds or [stream_seed(self.seed, "env", i, self.episode[i]) for i in indices]
+        seeds = seeds or [env_seed(self.seed, "env", i, self.episode[i]) for i in indices]
         seeds = np.array([seed % 2**31 for seed in seeds])
         obs, infos = self.games.reset(seed=seeds, options={"reset_mask": which})
         self.frames = infos["episode_frame_number"]
@@ -112,7 +112,7 @@ class AtariGames(VectorEnv):
 class AtariGame(gym.Env):
     """One whole game at a time, for evaluation; a twin that plays along draws its real colours."""
 
-    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 15}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
     def __init__(self, game: str, sticky_actions: float, render_mode: str | None):
         self.games = [AtariGames(game, 1, 0, sticky_actions)]

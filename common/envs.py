@@ -1,7 +1,7 @@
 """Environments: making them, checking their spaces, finding them again when a run is resumed."""
 
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from common import atari, fail
-from common.seeding import stream_seed
+from common.seeding import env_seed, stream_seed
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
@@ -25,7 +25,8 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if game := atari.find_game(args.env_id):
-        return atari.AtariGame(game, args.sticky_actions, render_mode)
+        env = atari.AtariGame(game, args.sticky_actions, render_mode and "rgb_array")
+        return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
     if len(env.observation_space.shape or ()) == 2 and env.observation_space.dtype == np.uint8:
@@ -47,12 +48,16 @@ class Replayable(gym.Wrapper):
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
         self.episode, self.actions = self.episode + 1, []
-        return self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
+        return self.env.reset(seed=env_seed(*self.stream, self.episode), options=options)
 
     def step(self, action) -> tuple:
-        """Step, and remember it."""
-        self.actions.append(np.copy(action))
-        return self.env.step(action)
+        """Step, and remember it, up to a million steps."""
+        if len(self.actions) < 10**6:
+            self.actions.append(np.copy(action))
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:  # the reset may use the same buffer
+            obs = np.copy(obs)
+        return obs, reward, terminated, truncated, info
 
     @property
     def history(self) -> tuple[int, torch.Tensor]:
@@ -71,8 +76,8 @@ class Replayable(gym.Wrapper):
 
 
 def _make_training_env(args, index: int) -> gym.Env:
-    if args.vectorization == "async":  # Ctrl-C is for the main process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.parent_process():  # a worker: signals are for the main process
+        os.setpgid(0, 0)
     return Replayable(args, index)
 
 
@@ -116,7 +121,7 @@ class Environments:
         vector_env = self.vector_env
         outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
         self.obs, rewards, terminated, truncated, infos = outcome
-        if "over" not in infos:
+        if not isinstance(vector_env, atari.AtariGames):
             infos["over"] = terminated | truncated
         self.new.append((rewards, infos["over"]))
         return self.obs, rewards, terminated, truncated & ~terminated, infos
@@ -146,15 +151,16 @@ class Environments:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
         histories, self.steps = state["histories"], state["steps"]
         self.vector_env.set_attr("history", histories)
-        found = zip(self.vector_env.get_attr("obs"), state["obs"].numpy(), strict=True)
-        same = [x is not None and np.array_equal(x, y, equal_nan=True) for x, y in found]
+        saved = state["obs"].numpy()
+        found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
+        same = [x is not None and np.array_equal(x.astype(y.dtype), y, True) for x, y in found]
         self.lost = ~np.array(same)
         if self.lost.any():
             print("the environment does not repeat itself from its seed and actions: new episodes")
             anew = [(episode + 1, actions[:0]) for episode, actions in histories]
             histories = [b if x else a for a, b, x in zip(histories, anew, self.lost)]
             self.vector_env.set_attr("history", histories)
-        self.obs = np.stack(self.vector_env.get_attr("obs"))
+        self.obs = np.stack(self.vector_env.get_attr("obs")).astype(saved.dtype)
         self.returns[:] = np.where(self.lost, 0, state["returns"])
         self.lengths[:] = np.where(self.lost, 0, state["lengths"])
 
@@ -172,7 +178,17 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
     obs_space, action_space = env.observation_space, env.action_space
+    stacked = isinstance(env, gym.wrappers.FrameStackObservation)
     env.close()
+    if args.capture_video or args.render:
+        try:  # now, not after the training
+            env = make_env(args, "human" if args.render else "rgb_array")
+            env.reset(seed=0)
+            env.render()
+            env.close()
+        except Exception as error:  # each renderer has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fail(f"{args.env_id} cannot be drawn here (apt install libosmesa6?): {reason}")
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
         fail(f"{args.env_id} has {kind} actions; {hint}")
@@ -181,8 +197,10 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
-    if images and len(obs_space.shape) != 3:
-        fail(f"{args.env_id} has no frames of bytes as observations; use ppo_discrete.py")
+    if not obs_space.shape:
+        fail(f"{args.env_id} has observations without an axis; wrap it in FlattenObservation")
+    if images and not (stacked or atari.find_game(args.env_id)):
+        fail(f"{args.env_id} does not give one frame [H, W] of bytes; use ppo_discrete.py")
     if action_type is gym.spaces.Discrete and len(obs_space.shape) == 3:
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             fail(f"{args.env_id}: images must be of bytes, [C, H, W], and 36 pixels wide and high")
@@ -190,7 +208,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
 
 
 def prepare_video() -> None:
-    """Choose a MuJoCo renderer that works here, without a display too, or say what to install."""
+    """Choose a MuJoCo renderer that works without a display, if there is one."""
     try:
         import moviepy  # noqa: F401
     except ImportError:
@@ -203,11 +221,13 @@ def prepare_video() -> None:
         if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = renderer
             return
-    fail("--capture-video needs a display, a GPU, or a renderer: apt install libosmesa6")
 
 
 def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
-    """Play --eval-episodes episodes, episode i seeded from (seed, i): returns, lengths."""
+    """Play --eval-episodes episodes, episode i seeded from (seed, i): returns, lengths.
+
+    An episode that neither terminates nor is truncated is left after 108,000 steps.
+    """
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
     if args.capture_video and not args.render:
         videos, first = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
@@ -217,11 +237,11 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
-        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))
+        obs, _ = env.reset(seed=env_seed(args.seed, "eval", i))
         env.action_space.seed(stream_seed(args.seed, "eval", i, 0))
         rng = np.random.default_rng(stream_seed(args.seed, "eval", i, 1))
         terminated = truncated = False
-        while not (terminated or truncated):
+        while not (terminated or truncated or lengths[i] == 108_000):
             action = env.action_space.sample() if rng.random() < epsilon else act(obs)
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += float(reward)

@@ -37,10 +37,11 @@ RANGES = {
     "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
     "policy_frequency target_network_frequency train_frequency log_every",
     (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
-    "learning_starts alpha num_threads",
+    "learning_starts num_threads priority_alpha priority_beta",
     (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
     "sticky_actions",
-    (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio",
+    (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
+    "alpha",
 }
 
 
@@ -56,7 +57,15 @@ def require(condition: bool, args, name: str, need: str) -> None:
 
 
 def check_ranges(args) -> None:
-    """End with one line if a number is out of its range."""
+    """End with one line if a number is out of its range, or the run could not begin."""
+    new = args.resume is None and args.evaluate is None
+    if new and args.run_dir and Path(args.run_dir).exists():
+        fail(f"--run-dir {args.run_dir}: it exists already; --resume {args.run_dir} continues it")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs wandb: pip install wandb")
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
@@ -71,10 +80,12 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
     game = atari.find_game(parser.parse_known_args()[0].env_id)
     args = tyro.cli(args_class, default=args_class(**atari_defaults or {}) if game else None)
-    if args.resume and args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
         fail("--resume and --evaluate exclude each other")
-    mode = "resume" if args.resume else "evaluate"
-    if not (run_dir := getattr(args, mode)):
+    if args.render and args.evaluate is None:
+        fail("--render goes with --evaluate")
+    mode = "resume" if args.resume is not None else "evaluate"
+    if (run_dir := getattr(args, mode)) is None:
         return args, None
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
@@ -84,7 +95,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     checkpoint = load_run(run_dir, script)
     stored = args_class(**checkpoint["args"])
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
-        for schedule in ("anneal_lr", "exploration_fraction"):
+        for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
             if getattr(stored, schedule, False):
                 fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
@@ -117,13 +128,11 @@ def setup_torch(args, faster: str) -> torch.device:
     return device
 
 
-def compile_function(function: Callable, args) -> Callable:
+def compile_function(function: Callable, args, device: torch.device) -> Callable:
     """Compile `function` into one graph, unless with --no-compile or where no compiler works."""
     if args.compile:
-        gpu = args.device != "cpu" and torch.cuda.is_available()
         try:
-            probe = torch.zeros(2, device="cuda" if gpu else "cpu")
-            torch.compile(lambda x: x + 1, fullgraph=True)(probe)
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(2, device=device))
             return torch.compile(function, fullgraph=True, dynamic=False)
         except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False
@@ -159,20 +168,22 @@ class Run:
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
         self.signal = 0  # the one that asked to stop
-        if checkpoint is None and self.dir.exists():
-            fail(f"--run-dir {self.dir}: it exists already; --resume {self.dir} continues it")
         if self.step >= last_step:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
+        self.device = device.type
+        if checkpoint and checkpoint["device"] != self.device:
+            fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
+        config = self._config(device)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+        except OSError as error:
+            fail(f"--run-dir {self.dir}: {error}")
         if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs wandb: pip install wandb")
-        self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-        if args.track:
+            import wandb
+
             ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             ids |= {"id": self.dir.name, "dir": self.dir, "resume": "allow"}
             wandb.init(**ids, config=vars(args), sync_tensorboard=True)
@@ -181,7 +192,7 @@ class Run:
         if checkpoint is None:
             rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-            (self.dir / "config.json").write_text(json.dumps(self._config(device), indent=2) + "\n")
+            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         auto = " (the faster here)" if args.device == "auto" else ""
         mode = "compiled" if args.compile else "eager"
         how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
@@ -194,7 +205,12 @@ class Run:
 
     def _config(self, device: torch.device) -> dict:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
-        commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
+        try:
+            commit = subprocess.run(
+                [*git, "--dirty"], capture_output=True, text=True
+            ).stdout.strip()
+        except OSError:  # no git
+            commit = ""
         packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
         versions = {name: version(name) for name in packages}
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
@@ -292,7 +308,7 @@ class Run:
         self._write("checkpoint.pt", {"global_step": step} | state)
 
     def _write(self, name: str, state: dict) -> None:
-        about = {"script": self.script, "args": vars(self.args)}
+        about = {"script": self.script, "args": vars(self.args), "device": self.device}
         save_checkpoint(self.dir / name, about | state)
 
     def require_finite(self, what: str, *values: np.ndarray | torch.Tensor) -> None:

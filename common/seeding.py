@@ -9,13 +9,17 @@ STREAMS = ("init", "env", "action", "minibatch", "replay", "eval", "python", "nu
 
 
 def stream_seed(seed: int, name: str, *index: int) -> int:
-    """Return the 64-bit seed of a stream, as `stream_seed(1, "env", 3, 0)` of the first episode in
-    the fourth environment.
+    """Return the 64-bit seed of a stream, as `stream_seed(1, "action")`.
 
     `seed + i` would hand the second environment of seed 1 and the first of seed 2 the same numbers.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(name), *index))
     return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def env_seed(seed: int, name: str, *index: int) -> int:
+    """Return a stream's seed in 32 bits, which is what environments may take at most."""
+    return stream_seed(seed, name, *index) % 2**32
 
 
 class Streams(dict):

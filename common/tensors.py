@@ -118,8 +118,8 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
 
     On a few rows PyTorch takes several times as long as the arithmetic; NumPy's calls are cheaper.
     On the CPU `function` is therefore traced and written down in NumPy; weights keep sharing their
-    memory. Elsewhere, and with an operation that OPERATIONS lacks, `function` itself is called. It
-    must not branch on values.
+    memory. Elsewhere, and where that cannot be done or does not give the same for `examples`,
+    `function` itself is called. It must not branch on values.
     """
 
     def untraced(*tensors: torch.Tensor) -> list[np.ndarray]:
@@ -128,7 +128,7 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
     if any(x.device.type != "cpu" for x in examples):
         return untraced
     graph = make_fx(lambda *x: function(*x))(*examples)
-    names, inputs, lines = {"np": np}, [], []
+    names, inputs, lines = {"np": np, "inf": np.inf}, [], []
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             inputs.append(node.name)
@@ -137,10 +137,22 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
             names[node.name] = getattr(graph, node.target).detach().numpy()
         elif node.op == "call_function":
             operation = node.target._schema.name.removeprefix("aten::")
-            if operation not in OPERATIONS or node.kwargs:
-                return untraced
-            lines.append(f"{node.name} = {OPERATIONS[operation].format(*node.args)}")
+            lines.append(f"{node.name} = {OPERATIONS.get(operation, '?').format(*node.args)}")
         else:
             lines.append(f"return {node.args[0]}")
-    exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
+    try:
+        exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
+        for got, wanted in zip(names["traced"](*examples), untraced(*examples), strict=True):
+            assert got.dtype == wanted.dtype and got.shape == wanted.shape
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    except (SyntaxError, NameError, IndexError, TypeError, ValueError, AssertionError):
+        return untraced
     return names["traced"]
+
+
+def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bounds of a Box as float32, rounded inwards where that is less precise."""
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    return torch.from_numpy(low), torch.from_numpy(high)
