@@ -25,7 +25,8 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if game := atari.find_game(args.env_id):
-        env = atari.AtariGame(game, args.sticky_actions, render_mode and "rgb_array")
+        sticky = getattr(args, "sticky_actions", 0.0)
+        env = atari.AtariGame(game, sticky, render_mode and "rgb_array")
         return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)

@@ -129,23 +129,23 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
         return untraced
     graph = make_fx(lambda *x: function(*x))(*examples)
     names, inputs, lines = {"np": np, "inf": np.inf}, [], []
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            inputs.append(node.name)
-            lines.append(f"{node.name} = {node.name}.numpy()")
-        elif node.op == "get_attr":
-            names[node.name] = getattr(graph, node.target).detach().numpy()
-        elif node.op == "call_function":
-            operation = node.target._schema.name.removeprefix("aten::")
-            lines.append(f"{node.name} = {OPERATIONS.get(operation, '?').format(*node.args)}")
-        else:
-            lines.append(f"return {node.args[0]}")
     try:
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(node.name)
+                lines.append(f"{node.name} = {node.name}.numpy()")
+            elif node.op == "get_attr":
+                names[node.name] = getattr(graph, node.target).detach().numpy()
+            elif node.op == "call_function":
+                operation = OPERATIONS[node.target._schema.name.removeprefix("aten::")]
+                lines.append(f"{node.name} = {operation.format(*node.args)}")
+            else:
+                lines.append(f"return {node.args[0]}")
         exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
-        for got, wanted in zip(names["traced"](*examples), untraced(*examples), strict=True):
-            assert got.dtype == wanted.dtype and got.shape == wanted.shape
-            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
-    except (SyntaxError, NameError, IndexError, TypeError, ValueError, AssertionError):
+        for got, expected in zip(names["traced"](*examples), untraced(*examples), strict=True):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    except (AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError):
         return untraced
     return names["traced"]
 
