@@ -2,9 +2,13 @@
 
 import tyro
 
-from benchmarks.results import export, plot, table
+from benchmarks.plots import compare, plot
+from benchmarks.random_returns import random
+from benchmarks.results import export, table
+from benchmarks.run import run
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
-    commands = {"speed": speed, "export": export, "table": table, "plot": plot}
-    tyro.extras.subcommand_cli_from_dict(commands)
+    commands = (run, export, plot, table, compare, speed, random)
+    named = {command.__name__: command for command in commands}
+    tyro.extras.subcommand_cli_from_dict(named, prog="python -m benchmarks")

@@ -1,41 +1,63 @@
-"""Stable-Baselines3's PPO with the settings of ppo_continuous.py; prints `step seconds`."""
+"""Stable-Baselines3 with a script's settings, given as JSON; prints `step seconds` as it goes."""
 
+import json
 import sys
 import time
 
 import torch
 
-ENV_ID, NUM_ENVS, NUM_STEPS, TOTAL, THREADS = sys.argv[1], *map(int, sys.argv[2:])
-torch.set_num_threads(THREADS)
+SETTING = json.loads(sys.argv[1])
+# minibatches, epochs, learning rate, coefficient of the entropy
+PPO_SETTINGS = {"ppo_continuous": (32, 10, 3e-4, 0.0), "ppo_discrete": (4, 4, 2.5e-4, 0.01)}
+torch.set_num_threads(SETTING["threads"])
 
-from stable_baselines3 import PPO  # noqa: E402
+import ale_py  # noqa: E402, F401  registers the games
+from stable_baselines3 import DQN, PPO, SAC  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
-from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
-from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize  # noqa: E402
 
 
 class Clock(BaseCallback):
-    """Says when each rollout begins."""
+    """Prints when each rollout begins, at most every 500 steps."""
+
+    last = -500
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        print(self.num_timesteps, time.time(), flush=True)
+        if self.num_timesteps - self.last >= 500:
+            self.last = self.num_timesteps
+            print(self.num_timesteps, time.time(), flush=True)
+
+
+def make_model(script: str, env_id: str, num_envs: int, atari: bool, device: str):
+    """Return the model that does what the script does with its defaults."""
+    if atari:
+        env_id = env_id.replace("ALE/", "").replace("-v5", "NoFrameskip-v4")
+        env = VecFrameStack(make_atari_env(env_id, num_envs, seed=1), 4)
+    else:
+        env = make_vec_env(env_id, num_envs, seed=1)
+    common = {"policy": "CnnPolicy" if atari else "MlpPolicy", "device": device, "seed": 1}
+    if script.startswith("ppo"):
+        minibatches, epochs, rate, entropy = PPO_SETTINGS[script]
+        samples, clip = SETTING["num_steps"] * num_envs, 0.1 if atari else 0.2
+        common |= {"learning_rate": lambda left: rate * left, "n_steps": SETTING["num_steps"]}
+        common |= {"batch_size": samples // minibatches, "n_epochs": epochs, "ent_coef": entropy}
+        common |= {"clip_range": clip, "clip_range_vf": clip}
+        if not atari:
+            common["policy_kwargs"] = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}
+        return PPO(env=VecNormalize(env) if script == "ppo_continuous" else env, **common)
+    common |= {name: SETTING[name] for name in ("learning_starts", "buffer_size")}
+    if script == "sac_continuous":  # an update for every step of an environment
+        return SAC(env=env, train_freq=1, gradient_steps=num_envs, **common)
+    pace = {"train_freq": max(1, 4 // num_envs), "gradient_steps": max(1, num_envs // 4)}
+    return DQN(env=env, target_update_interval=1000, **pace, **common)  # one for every four
 
 
 if __name__ == "__main__":
-    model = PPO(
-        "MlpPolicy",
-        VecNormalize(make_vec_env(ENV_ID, NUM_ENVS, seed=1)),
-        learning_rate=lambda left: 3e-4 * left,
-        n_steps=NUM_STEPS,
-        batch_size=NUM_STEPS * NUM_ENVS // 32,
-        n_epochs=10,
-        clip_range_vf=0.2,
-        policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [64, 64]}},
-        device="cpu",
-        seed=1,
-    )
-    model.learn(TOTAL, callback=Clock())
+    names = ("script", "env_id", "num_envs", "atari", "device")
+    model = make_model(*(SETTING[name] for name in names))
+    model.learn(SETTING["total_timesteps"], callback=Clock())
     print(model.num_timesteps, time.time(), flush=True)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import logging
+import os
 import re
 import shlex
 from itertools import pairwise
@@ -16,6 +18,7 @@ from tyro.conf import Positional
 from benchmarks.suites import SUITES
 from common import fail
 
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resumed is no warning
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
@@ -131,7 +134,7 @@ def export(
     run_dirs: Positional[tuple[Path, ...]] = (),
     suite: str = "",
     name: str = "",
-    root: Path = Path("runs/benchmarks"),
+    run_dir: Path = Path("runs/benchmarks"),
 ) -> None:
     """Write finished runs to results/NAME/ENV/SEED.csv and .json, to be committed.
 
@@ -139,16 +142,20 @@ def export(
         run_dirs: run folders.
         suite: all finished runs of this suite.
         name: folder under results/; by default the suite, or the run's --exp-name.
-        root: where `run` put the suite.
+        run_dir: folder of the suites' runs.
     """
     if suite:
-        run_dirs = [path.with_suffix("") for path in sorted((root / suite).glob("*/*.csv"))]
+        run_dirs = [path.with_suffix("") for path in sorted((run_dir / suite).glob("*/*.csv"))]
     if not run_dirs:
-        fail(f"no finished run in {root / suite}" if suite else "name run folders, or --suite NAME")
-    for run_dir in run_dirs:
-        args = json.loads((run_dir / "config.json").read_text())["args"]
+        fail(
+            f"no finished run in {run_dir / suite}"
+            if suite
+            else "name run folders, or --suite NAME"
+        )
+    for path in run_dirs:
+        args = json.loads((path / "config.json").read_text())["args"]
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
-        config = write(run_dir, folder / f"{args['seed']}.csv")
+        config = write(path, folder / f"{args['seed']}.csv")
         changed = str(config["commit"]).endswith("-dirty")
         print(folder / f"{args['seed']}.csv", "(of a checkout with changes)" * changed)
 
@@ -205,7 +212,11 @@ def table(suite: Positional[str] = "ppo_continuous") -> None:
             f"no results of {suite}: python -m benchmarks run {suite}, then export --suite {suite}"
         )
     print("\n".join(rows(suite)))
-    print("\n```bash", *commands(suite), "```", sep="\n")
+    print("\n```bash", *commands(suite), sep="\n")
+    if suite in SUITES:
+        folder = os.path.relpath(FOLDER / suite)
+        print(f"python -m benchmarks compare {folder} runs/benchmarks/{suite}")
+    print("```")
 
 
 def rows(suite: str) -> list[str]:
@@ -228,9 +239,9 @@ def rows(suite: str) -> list[str]:
 
 def commands(suite: str) -> list[str]:
     """Return for each row of the table the command that makes all its runs."""
-    lines = []
+    lines, known = [], {env_id for _, env_id, _ in SUITES[suite].runs} if suite in SUITES else ()
     for env_id, found in read_folder(FOLDER / suite).items():
-        if any(env_id == x for _, x, _ in SUITES[suite].runs if suite in SUITES):
+        if env_id in known:
             seeds = f"--seeds {len(found)}"
             lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {seeds}")
         else:

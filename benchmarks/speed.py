@@ -1,104 +1,184 @@
 """Environment steps per second, beside a peer with equal settings, environment and threads."""
 
+import importlib.util
 import json
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tyro.conf import Positional
+
+from benchmarks import results
+from common import fail
 
 ROOT = Path(__file__).parent.parent
+PEER = "Stable-Baselines3"
+OFF_POLICY = {"learning_starts": 1000, "buffer_size": 10_000}
+ABOUT = ("commit", "versions", "machine", "num_threads", "float32_matmul_precision")
 
 
-def _clock_ours(
-    env_id: str, num_envs: int, num_steps: int, total: int, threads: int, folder: Path
-) -> list:
-    flags = (
-        f"--env-id {env_id} --num-envs {num_envs} --num-steps {num_steps} --num-threads {threads}"
-    )
-    flags += f" --total-timesteps {total} --eval-episodes 1 --checkpoint-every 0 --run-dir {folder}"
-    subprocess.run(
-        [sys.executable, ROOT / "ppo_continuous.py", *flags.split()],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    events = EventAccumulator(str(folder)).Reload().Scalars("charts/SPS")
-    return [
-        (event.step, event.wall_time) for event in events[:-1]
-    ]  # the last one waits for the evaluation
+class Work(NamedTuple):
+    """What is measured by default; `rollout` are the samples of a PPO rollout."""
+
+    env_id: str
+    num_envs: int
+    rollout: int
+    total_timesteps: int
 
 
-def _clock_sb3(
-    env_id: str, num_envs: int, num_steps: int, total: int, threads: int, _: Path
-) -> list:
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / "peer_sb3.py",
-        env_id,
-        num_envs,
-        num_steps,
-        total,
-        threads,
-    ]
-    done = subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True)
-    lines = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
-    return [(int(step), float(seconds)) for step, seconds in lines]
+WORK = {
+    "ppo_continuous": Work("HalfCheetah-v5", 1, 2048, 65_536),
+    "ppo_discrete": Work("CartPole-v1", 4, 512, 65_536),
+    "ppo_discrete, Atari": Work("ALE/Breakout-v5", 8, 1024, 12_288),
+    "sac_continuous": Work("HalfCheetah-v5", 1, 0, 6000),
+    "dqn_atari": Work("ALE/Breakout-v5", 8, 0, 8000),
+}
 
 
 def speed(
-    env_id: str = "HalfCheetah-v5",
-    num_envs: int = 1,
-    num_steps: int = 2048,
-    total_timesteps: int = 65_536,
+    script: Positional[
+        Literal["ppo_continuous", "ppo_discrete", "sac_continuous", "dqn_atari"]
+    ] = "ppo_continuous",
+    env_id: str = "",
+    num_envs: tuple[int, ...] = (),
+    num_steps: int = 0,
+    total_timesteps: int = 0,
     threads: int = 1,
     repeats: int = 3,
     output: Path | None = None,
 ) -> None:
-    """Steps per second of ppo_continuous.py and of Stable-Baselines3's PPO, in turn.
+    """Steps per second of a script and of Stable-Baselines3 with its settings, in turn.
 
-    The steady state is measured from the end of the second rollout on. Start-up, with compilation,
-    is the time until then, less what those two rollouts take in the steady state.
+    The steady state is measured after two rollouts, or a thousand steps after SAC and DQN began to
+    learn. Start-up, with compilation, is the time until then, less what those steps of learning
+    take in the steady state. Several --num-envs show how speed grows with them.
 
     Args:
-        env_id: environment.
-        num_envs: environments that step together.
-        num_steps: steps of each environment in a rollout; a minibatch is 1/32 of a rollout.
+        script: the script.
+        env_id: environment, if not the script's own; ppo_discrete plays CartPole-v1.
+        num_envs: environments that step together; each number is measured.
+        num_steps: steps of each environment in a PPO rollout; by default as many as leave the
+            rollout its size. It has as many minibatches as by default.
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
         repeats: measurements of each, alternating.
-        output: JSON file for the result.
+        output: JSON file for the result; by default runs/speed_SCRIPT.json.
     """
-    clocks = {"ppo_continuous.py": _clock_ours, "Stable-Baselines3 PPO": _clock_sb3}
-    results = {name: {"steps_per_second": [], "startup_seconds": []} for name in clocks}
-    for _ in range(repeats):
-        for name, clock in clocks.items():
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.time()
-                times = clock(
-                    env_id, num_envs, num_steps, total_timesteps, threads, Path(folder) / "run"
-                )
-            times = [(step, seconds) for step, seconds in times if step >= 2 * num_steps * num_envs]
-            (first, begin), (last, end) = times[0], times[-1]
-            rate = (last - first) / (end - begin)
-            results[name]["steps_per_second"].append(rate)
-            results[name]["startup_seconds"].append(begin - start - first / rate)
-    print(f"{env_id}, {num_envs} environment(s), {threads} thread(s), {repeats} runs each, in turn")
-    print(f"{'':24}{'steps/s':>9}{'least':>9}{'most':>9}{'start-up':>10}")
-    for name, result in results.items():
-        rates, startup = result["steps_per_second"], statistics.median(result["startup_seconds"])
-        columns = "".join(f"{f(rates):9,.0f}" for f in (statistics.median, min, max))
-        print(f"{name:24}{columns}{startup:9.1f}s")
-    ours, peer = (result["steps_per_second"] for result in results.values())
-    ratios = [a / b for a, b in zip(ours, peer)]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"ratio, pair by pair: {statistics.median(ratios):.2f} ({spread})")
-    if output:
-        output.write_text(
-            json.dumps(
-                {"env_id": env_id, "num_envs": num_envs, "ratios": ratios} | results, indent=2
-            )
-            + "\n"
-        )
+    atari = (env_id or WORK[script].env_id).startswith("ALE/")
+    work = WORK.get(f"{script}, Atari" if atari else script, WORK[script])
+    beside = importlib.util.find_spec("stable_baselines3") is not None
+    if not beside:
+        print(f"without {PEER}: pip install 'stable-baselines3[extra]'")
+    measurements = []
+    for envs in num_envs or (work.num_envs,):
+        setting = {"script": script, "env_id": env_id or work.env_id, "num_envs": envs}
+        setting |= {"total_timesteps": total_timesteps or work.total_timesteps}
+        if work.rollout:
+            setting |= {"num_steps": num_steps or max(1, work.rollout // envs)}
+        else:
+            setting |= OFF_POLICY
+        ours, peers = [], []
+        for i in range(repeats):
+            measured, config = clock_script(setting, threads)
+            ours.append(measured)
+            if beside:
+                where = {"threads": threads, "device": config["machine"]["device"], "atari": atari}
+                peers.append(clock_peer(setting, where))
+            print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
+        result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}
+        for name, measured in ((f"{script}.py", ours), (PEER, peers)):
+            if measured:
+                rates, startups = zip(*measured)
+                result[name] = {"steps_per_second": rates, "startup_seconds": startups}
+        result["ratios"] = [a / b for (a, _), (b, _) in zip(ours, peers)]
+        measurements.append(result)
+    if beside:
+        config["versions"][PEER.lower()] = version(PEER)
+    content = {
+        "script": script,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+    content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
+    print("\n".join(rows(content)))
+    output = output or Path(f"runs/speed_{script}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=2) + "\n")
+    print(output)
+
+
+def rows(content: dict) -> list[str]:
+    """Return the lines of the README's table of what `speed` wrote; growth is from the first on."""
+    lines = [
+        f"| {content['script']}.py | here | {PEER} | ratio, pair by pair | start-up | growth |"
+    ]
+    lines.append("|---" * 6 + "|")
+    first = None
+    for result in content["measurements"]:
+        series = [x for x in result.values() if isinstance(x, dict)]
+        rates = [median(x["steps_per_second"]) for x in series]
+        startups = [f"{median(x['startup_seconds']):.1f} s" for x in series]
+        first = first or rates[0]
+        ratios = result["ratios"]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+        columns = [f"{result['env_id']}, {result['num_envs']} environment(s)"]
+        columns += [f"{rate:,.0f}" for rate in rates] + ["-"] * (2 - len(rates))
+        columns += [spread, " / ".join(startups), f"{rates[0] / first:.2f}"]
+        lines.append(f"| {' | '.join(columns)} |")
+    return lines
+
+
+def steady(times: list[tuple[int, float]], start: float, setting: dict) -> tuple[float, float]:
+    """Return steps per second in the steady state, and seconds of start-up.
+
+    `times` are steps and when they were done, of a process that began at `start`.
+    """
+    learning_starts = setting.get("learning_starts", 0)
+    warm = learning_starts + 1000
+    if "num_steps" in setting:
+        warm = 2 * setting["num_steps"] * setting["num_envs"]
+    times = [(step, when) for step, when in times if step >= warm]
+    if len(times) < 2:
+        fail(f"--total-timesteps {setting['total_timesteps']}: too few, as {warm} are to warm up")
+    (first, begin), (last, end) = times[0], times[-1]
+    rate = (last - first) / (end - begin)
+    return rate, begin - start - (first - learning_starts) / rate
+
+
+def clock_script(setting: dict, threads: int) -> tuple[tuple[float, float], dict]:
+    """Run a script; return what `steady` does, and the run's config."""
+    words = [str(ROOT / f"{setting['script']}.py"), "--num-threads", str(threads)]
+    for name, value in list(setting.items())[1:]:
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--log-every", "500"] * ("learning_starts" in setting)
+    words += ["--eval-episodes", "1", "--checkpoint-every", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        _run([*words, "--run-dir", f"{folder}/run"])
+        config = json.loads(Path(folder, "run", "config.json").read_text())
+        events = EventAccumulator(f"{folder}/run").Reload().Scalars("charts/SPS")
+    times = [(event.step, event.wall_time) for event in events[:-1]]  # the last one evaluated first
+    return steady(times, start, setting), config
+
+
+def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
+    """Run the peer; return what `steady` does."""
+    start = time.time()
+    out = _run([str(Path(__file__).with_name("peer_sb3.py")), json.dumps(setting | where)])
+    lines = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    return steady([(int(step), float(when)) for step, when in lines], start, setting)
+
+
+def _run(words: list[str]) -> str:
+    """Run a Python script, and return what it printed."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        fail(f"{Path(words[0]).name} ended with exit code {done.returncode}: {last}", code=1)
+    return done.stdout

@@ -138,6 +138,7 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
                 names[node.name] = getattr(graph, node.target).detach().numpy()
             elif node.op == "call_function":
                 operation = OPERATIONS[node.target._schema.name.removeprefix("aten::")]
+                assert not node.kwargs and len(node.args) == operation.count("{")
                 lines.append(f"{node.name} = {operation.format(*node.args)}")
             else:
                 lines.append(f"return {node.args[0]}")

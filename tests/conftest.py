@@ -1,11 +1,13 @@
 """What the tests share: running a script as a user does, and reading what it left."""
 
+import json
 import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +58,47 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+# imports once what takes seconds, then forks a process for every line of [script, words, cwd, path]
+FORK = """
+import json, os, runpy, sys
+import common.runs, common.tensors, gymnasium.envs.mujoco.mujoco_env
+for line in sys.stdin:
+    script, words, cwd, path = json.loads(line)
+    if not (child := os.fork()):
+        os.chdir(cwd)
+        for number in (1, 2):
+            os.dup2(os.open(f"{cwd}.{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.argv, sys.path[:0] = [script, *words], path
+        try:
+            runpy.run_path(script, run_name="__main__")
+            sys.exit(0)
+        except SystemExit as stop:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(stop.code)  # at once: to take all libraries down takes a second
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """As run_script, in a process that finds all libraries imported already."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORK], stdin=-1, stdout=-1, text=True, cwd=ROOT
+    ) as process:
+
+        def call(script: str, *args, cwd: Path, check: bool = True) -> SimpleNamespace:
+            path = [str(ROOT), str(cwd / "hidden"), str(ROOT / "tests")]
+            line = [str(ROOT / script), [str(arg) for arg in args], str(cwd), path]
+            print(json.dumps(line), file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            out, err = (cwd.with_name(f"{cwd.name}.{n}").read_text() for n in (1, 2))
+            assert not check or code == 0, out + err
+            return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+        yield call
+        process.stdin.close()
 
 
 def kill_after_checkpoint(script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:

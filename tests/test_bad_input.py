@@ -1,12 +1,10 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
-import os
-import subprocess
 import time
 
 import pytest
 import torch
-from conftest import ROOT, command, run_script
+from conftest import run_script
 
 CASES = {
     "--env-id Nope-v3": "Nope",
@@ -16,6 +14,8 @@ CASES = {
     "--env-id toy_envs:Flags-v0": "multibinary actions",
     "--env-id toy_envs:Words-v0": "Dict observations",
     "--env-id toy_envs:Unbounded-v0 --squash": "actions without bounds",
+    "--env-id toy_envs:Scalar-v0": "observations without an axis",
+    "--render": "--render goes with --evaluate",
     "--num-envs 0": "at least 1",
     "--num-steps -5": "at least 1",
     "--total-timesteps 0": "at least 1",
@@ -63,20 +63,13 @@ ALL += [("ppo_discrete.py", *case) for case in DISCRETE_CASES.items()]
 
 
 @pytest.mark.parametrize("script, words, why", ALL, ids=[" ".join(x[:2]) for x in ALL])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, words, why):
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, script, words, why):
     (tmp_path / "taken").mkdir()
     for package in ("wandb", "moviepy"):  # as if not installed
         (tmp_path / "hidden" / package).mkdir(parents=True)
         (tmp_path / "hidden" / package / "__init__.py").write_text("raise ImportError")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT / 'tests'}"}
     start = time.perf_counter()
-    done = subprocess.run(
-        command(ROOT / script, *words.split()),
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run(script, *words.split(), cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and why in lines[0], done.stderr
@@ -90,12 +83,12 @@ def test_unknown_flags_are_refused(tmp_path, ppo):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
-    run = tmp_path / "r"
+def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
+    folder = tmp_path / "r"
     words = "--env-id Pendulum-v1 --total-timesteps 128 --num-steps 32 --num-minibatches 2 "
     words += "--update-epochs 1 --eval-episodes 1 --no-compile --run-dir r"
-    run_script("ppo_continuous.py", *words.split(), cwd=tmp_path)
-    whole = (run / "checkpoint.pt").read_bytes()
+    run("ppo_continuous.py", *words.split(), cwd=tmp_path)
+    whole = (folder / "checkpoint.pt").read_bytes()
     refused = (
         (whole[:1000], "--resume r", "damaged"),
         (b"", "--evaluate r", "empty"),
@@ -105,12 +98,12 @@ def test_damaged_and_foreign_run_folders_are_refused(tmp_path):
         (whole, "--evaluate r --no-compile", "takes --compile from the run"),
     )
     for content, words, why in refused:
-        (run / "checkpoint.pt").write_bytes(content)
-        done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path, check=False)
+        (folder / "checkpoint.pt").write_bytes(content)
+        done = run("ppo_continuous.py", *words.split(), cwd=tmp_path, check=False)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert why in done.stderr
-        assert (run / "checkpoint.pt").read_bytes() == content
-    done = run_script("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
+        assert (folder / "checkpoint.pt").read_bytes() == content
+    done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"
 

@@ -11,7 +11,7 @@ from conftest import assert_same
 
 from common import envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.seeding import STREAMS, stream_seed
+from common.seeding import STREAMS, env_seed, stream_seed
 from common.tensors import flatten_parameters
 from ppo_continuous import Args
 
@@ -96,15 +96,15 @@ def test_environments_are_saved_and_found_again_between_any_two_steps(env_id):
 
 def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
     """Only that one, in one line; here it is the episodes whose seed is odd."""
-    first = make("toy_envs:Unrepeatable-v0", num_envs=8)
+    first = make("toy_envs:Unseeded-v0", num_envs=8)
     while not 0 < first.lengths.min():
         play(first, sample_actions(first, 3))
         first.finished_episodes()
     saved, pending = first.state_dict(), first.obs.copy()
     episodes = [episode for episode, _ in saved["histories"]]
-    odd = np.array([stream_seed(1, "env", i, e) % 2 for i, e in enumerate(episodes)], bool)
+    odd = np.array([env_seed(1, "env", i, e) % 2 for i, e in enumerate(episodes)], bool)
     assert 0 < odd.sum() < 8
-    second = make("toy_envs:Unrepeatable-v0", num_envs=8)
+    second = make("toy_envs:Unseeded-v0", num_envs=8)
     second.load_state_dict(saved)
     assert second.lost.tolist() == odd.tolist()
     out = capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
         assert (episode, len(actions)) == (episodes[i] + odd[i], (not odd[i]) * first.lengths[i])
         if odd[i]:
             env = gym.make("toy_envs:Shaped-v0")
-            obs, _ = env.reset(seed=stream_seed(1, "env", i, episode))
+            obs, _ = env.reset(seed=env_seed(1, "env", i, episode))
             np.testing.assert_array_equal(second.obs[i], obs)
     play(second, sample_actions(second, 30))
 
@@ -182,6 +182,7 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
         for i in [(), *((j,) for j in range(10)), *((j, k) for j in range(5) for k in range(5))]
     ]
     assert len(set(seeds)) == len(seeds)
+    assert 0 <= env_seed(1, "env", 0, 0) < 2**32  # what environments may take at most
 
 
 def test_every_episode_has_a_seed_of_its_own():
@@ -197,7 +198,7 @@ def test_every_episode_has_a_seed_of_its_own():
             )[1]
         play(environments, sample_actions(environments, 15))
         begins[seed] = seeds
-        assert seeds == [[stream_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
+        assert seeds == [[env_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
     assert len({x for seeds in begins.values() for kept in seeds for x in kept}) == 18
     a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4

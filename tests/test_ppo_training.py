@@ -80,7 +80,7 @@ def record_updates(monkeypatch, ppo) -> list:
     """Have train() leave (batch, metrics) of every gradient step."""
     seen = []
 
-    def wrap(function, args):
+    def wrap(function, *_):
         def update(parameters, batch, indices, lr):
             metrics = function(parameters, batch, indices, lr)
             seen.append(([x.clone() for x in batch], dict(zip(ppo.METRICS, metrics.tolist()))))
@@ -147,13 +147,13 @@ def test_asynchronous_environments_train_the_same(ppo):
     assert_same(*weights)
 
 
-def test_evaluation_from_the_checkpoint_equals_the_one_in_training(tmp_path, ppo):
+def test_evaluation_from_the_checkpoint_equals_the_one_in_training(run, tmp_path, ppo):
     env_id, script = pick(ppo, "Hopper-v5", "toy_envs:Buttons-v0"), f"{ppo.SCRIPT}.py"
     arguments = flags(env_id=env_id, total_timesteps=2048, **SHORT | {"eval_episodes": 5})
-    trained = run_script(script, *arguments, cwd=tmp_path).stdout
+    trained = run(script, *arguments, cwd=tmp_path).stdout
     line = next(x for x in trained.splitlines() if x.startswith("evaluation of 5 episodes"))
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
-    assert run_script(script, "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
+    assert run(script, "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent, args = ppo.load_agent(tmp_path / "r"), ppo.Args(env_id=env_id, eval_episodes=5)
     returns, lengths = envs.play(agent.act, args, tmp_path)
     logged = scalars(tmp_path / "r")
@@ -165,11 +165,11 @@ def test_evaluation_from_the_checkpoint_equals_the_one_in_training(tmp_path, ppo
 
 @pytest.mark.parametrize("where", ["reward", "observation"])
 def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoint(
-    tmp_path, ppo, where
+    run, tmp_path, ppo, where
 ):
     env_id = f"toy_envs:Broken-{where}{pick(ppo, '', '-discrete')}-v0"
     arguments = flags(env_id=env_id, total_timesteps=6400, checkpoint_every=64, **SHORT)
-    done = run_script(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path, check=False)
+    done = run(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "reward or observation became NaN or infinite" in line and "r/checkpoint.pt" in line
@@ -277,11 +277,11 @@ def test_logged_returns_are_those_of_the_episodes(ppo):
     assert returns == [length - missing for length in lengths] and len(returns) > 10
 
 
-def test_every_evaluation_is_filmed(tmp_path):
+def test_every_evaluation_is_filmed(run, tmp_path):
     """The first episode of each, under a name of its own; classic control renders without a display."""
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
     options = SHORT | {"total_timesteps": 256, "eval_every": 128, "capture_video": True}
-    run_script("ppo_continuous.py", *flags(env_id="Pendulum-v1", **options), cwd=tmp_path)
-    run_script("ppo_continuous.py", "--evaluate", "r", "--capture-video", cwd=tmp_path)
+    run("ppo_continuous.py", *flags(env_id="Pendulum-v1", **options), cwd=tmp_path)
+    run("ppo_continuous.py", "--evaluate", "r", "--capture-video", cwd=tmp_path)
     assert sum(path.stat().st_size > 1000 for path in (tmp_path / "r/videos").glob("*.mp4")) == 3

@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     import ppo_continuous as ppo
 
     options = SHORT | {"num_envs": 16, "anneal_lr": False, "run_dir": "r"}
-    args = ppo.Args(env_id="toy_envs:Unrepeatable-v0", total_timesteps=1024, **options)
+    args = ppo.Args(env_id="toy_envs:Unseeded-v0", total_timesteps=1024, **options)
     ppo.train(args)
     checkpoint = load_checkpoint("r/checkpoint.pt")
     lost, carries = [], []

@@ -6,26 +6,29 @@ from gymnasium.spaces import Box, Discrete
 
 
 class Counter(gym.Env):
-    """Five steps from 0 over 1, 2, 3, 4 to 2, rewards 0, 0, 1, 1, 1; then it ends as `end` says."""
+    """Five steps from 0 over 1, 2, 3, 4 to 2, rewards 0, 0, 1, 1, 1; then it ends as `end` says.
+
+    Observations are always the same array.
+    """
 
     observation_space = Box(0.0, 4.0, (1,), np.float32)
     action_space = Box(-1.0, 1.0, (1,), np.float32)
     last = 5
 
     def __init__(self, end="truncated", discrete=False):
-        self.end = end
+        self.end, self.obs = end, np.zeros(1, np.float32)
         self.action_space = Discrete(3) if discrete else self.action_space
 
     def reset(self, *, seed=None, options=None):
-        self.t = 0
-        return np.zeros(1, np.float32), {}
+        self.t, self.obs[:] = 0, 0
+        return self.obs, {}
 
     def step(self, action):
         self.t += 1
         over = self.t == self.last
         terminated, truncated = over and self.end != "truncated", over and self.end != "terminated"
-        obs = np.array([2 if over else self.t], np.float32)
-        return obs, float(self.t > 2), terminated, truncated, {}
+        self.obs[:] = 2 if over else self.t
+        return self.obs, float(self.t > 2), terminated, truncated, {}
 
 
 class Shaped(gym.Env):
@@ -92,7 +95,7 @@ class Opaque(Shaped):
     set_state = get_state
 
 
-class Unrepeatable(Shaped):
+class Unseeded(Shaped):
     """Draws from a generator that nobody seeded, in episodes whose seed is odd."""
 
     def reset(self, *, seed=None, options=None):
@@ -125,6 +128,12 @@ class Pictures(gym.Env):
     action_space = Discrete(2)
 
 
+class Scalar(Counter):
+    """Observations that have no axis."""
+
+    observation_space = Box(0.0, 1.0, ())
+
+
 class Unbounded(Counter):
     """Actions without bounds."""
 
@@ -139,5 +148,5 @@ for kind, discrete in (("", False), ("-discrete", True)):
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
     gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
-for cls in (Shaped, Buttons, Opaque, Unrepeatable, Flags, Pictures, Unbounded):
+for cls in (Shaped, Buttons, Opaque, Unseeded, Flags, Pictures, Scalar, Unbounded):
     gym.register(f"{cls.__name__}-v0", cls)
