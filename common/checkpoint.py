@@ -7,7 +7,7 @@ import torch
 
 from common import fail
 
-FORMAT, VERSION = "single-file-rl checkpoint", 2
+FORMAT, VERSION = "single-file-rl checkpoint", 3
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -12,7 +12,6 @@ from conftest import (
     assert_same_runs,
     flags,
     kill_after_checkpoint,
-    run_script,
     scalars,
 )
 
@@ -348,20 +347,20 @@ SMALL |= {"update_epochs": 1, "compile": False, "eval_episodes": 1, "total_times
 SMALL |= {"num_threads": 1, "checkpoint_every": 192}
 
 
-def test_killed_and_resumed_ends_as_if_never_stopped_and_is_evaluated_alike(tmp_path):
+def test_killed_and_resumed_ends_as_if_never_stopped_and_is_evaluated_alike(run, tmp_path):
     """With lives lost and games over on both sides of the kills."""
     words = flags(**SMALL)
-    trained = run_script("ppo_discrete.py", *words, "--run-dir", "whole", cwd=tmp_path).stdout
+    trained = run("ppo_discrete.py", *words, "--run-dir", "whole", cwd=tmp_path).stdout
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     words = [*words, "--run-dir", "killed"]
     for _ in range(2):
         assert kill_after_checkpoint("ppo_discrete.py", words, checkpoint, cwd=tmp_path)
         words = ["--resume", "killed"]
     assert 0 < load_checkpoint(checkpoint)["global_step"] < 640
-    run_script("ppo_discrete.py", *words, cwd=tmp_path)
+    run("ppo_discrete.py", *words, cwd=tmp_path)
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
     assert len(scalars(tmp_path / "whole")["charts/episodic_return"]) >= 2
-    line = run_script("ppo_discrete.py", "--evaluate", "killed", cwd=tmp_path).stdout
+    line = run("ppo_discrete.py", "--evaluate", "killed", cwd=tmp_path).stdout
     assert line.startswith("evaluation of 1 episodes") and line in trained
 
 

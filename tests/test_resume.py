@@ -14,7 +14,6 @@ from conftest import (
     command,
     flags,
     kill_after_checkpoint,
-    run_script,
 )
 
 from common import envs
@@ -37,7 +36,9 @@ SHORT |= {"eval_episodes": 2, "compile": False}
         ("ppo_discrete.py", "Acrobot-v1", 1, False),
     ],
 )
-def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, script, env_id, num_envs, compiled):
+def test_killed_and_resumed_ends_as_if_never_stopped(
+    run, tmp_path, script, env_id, num_envs, compiled
+):
     """SIGKILL at random moments; the same weights to the last bit, the same scalars."""
     arguments = SHORT | {
         "env_id": env_id,
@@ -50,25 +51,25 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, script, env_id, n
         "norm_obs": True,
         "norm_reward": True,
     }
-    run_script(script, *flags(**arguments, run_dir="whole"), cwd=tmp_path)
+    run(script, *flags(**arguments, run_dir="whole"), cwd=tmp_path)
     checkpoint, kills = tmp_path / "killed" / "checkpoint.pt", 0
     words = flags(**arguments, run_dir="killed")
     while kills < 3 and kill_after_checkpoint(script, words, checkpoint, cwd=tmp_path):
         kills += 1
         words = ["--resume", "killed"]
     assert kills > 0
-    run_script(script, "--resume", "killed", cwd=tmp_path)
+    run(script, "--resume", "killed", cwd=tmp_path)
     assert (
         load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["global_step"] == 64 * num_envs * 60
     )
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
 
 
-def test_killed_while_writing_a_checkpoint(tmp_path):
+def test_killed_while_writing_a_checkpoint(run, tmp_path):
     """The process dies with half a checkpoint written; the one before it is whole."""
     script = "ppo_continuous.py"
     arguments = flags(env_id="Pendulum-v1", total_timesteps=64 * 12, checkpoint_every=64, **SHORT)
-    run_script(script, *arguments, "--run-dir", "whole", cwd=tmp_path)
+    run(script, *arguments, "--run-dir", "whole", cwd=tmp_path)
     saboteur = tmp_path / "saboteur.py"
     saboteur.write_text(f"""
 import io, os, runpy, sys, torch
@@ -92,7 +93,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["global_step"] == 64 * 4
-    run_script(script, "--resume", "killed", cwd=tmp_path)
+    run(script, "--resume", "killed", cwd=tmp_path)
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -113,7 +114,7 @@ def test_saving_and_evaluating_do_not_change_training(ppo):
         ("ppo_discrete.py", "CartPole-v1", signal.SIGINT),
     ],
 )
-def test_signals_save_and_say_how_to_go_on(tmp_path, script, env_id, number):
+def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number):
     options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"}
     process = subprocess.Popen(
         command(ROOT / script, *flags(env_id=env_id, **options)),
@@ -131,9 +132,9 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, script, env_id, number):
     assert f"python {script} --resume r" in out
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
     assert step > 0 and f"stopped at step {step:,}" in out
-    more = run_script(script, "--resume", "r", "--total-timesteps", step + 128, cwd=tmp_path).stdout
+    more = run(script, "--resume", "r", "--total-timesteps", step + 128, cwd=tmp_path).stdout
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == step + 128, more
-    finished = run_script(script, "--resume", "r", cwd=tmp_path)
+    finished = run(script, "--resume", "r", cwd=tmp_path)
     assert "finished" in finished.stdout and (tmp_path / "r" / "checkpoint.pt").is_file()
 
 

@@ -1,0 +1,337 @@
+"""Pictures of results: learning curves, aggregates over environments, two results compared."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from benchmarks import random_returns, results
+from benchmarks.results import Result
+from benchmarks.suites import SUITES
+from common import fail
+
+INSTALL = "pip install matplotlib rliable 'pandas<3'"
+ROOT = Path("runs/benchmarks")
+SUFFIXES = {"draw_curves": "", "draw_times": "_time", "draw_aggregate": "_aggregate"}
+UNITS = {1: "seconds", 60: "minutes", 3600: "hours"}
+
+
+def plot(
+    suites: Positional[tuple[str, ...]] = (), run_dir: Path = ROOT, redraw: bool = False
+) -> None:
+    """Draw the results of suites, to pictures beside their folders.
+
+    SUITE.png has a learning curve for every environment: the return averaged in windows of 2% of
+    the run (more where episodes are few), mean over seeds, its 95% bootstrap interval, the seeds
+    faintly, and the published return as a line; SUITE_time.png the same against wall time.
+    SUITE_aggregate.png has the interquartile mean over seeds and environments and the performance
+    profile (rliable), of scores (x - random) / (published - random).
+
+    Args:
+        suites: names under benchmarks/results/ or under the run folder, or folders; by default all.
+        run_dir: folder of the suites' runs.
+        redraw: also draw pictures that show these results already.
+    """
+    folders = [_find(name, run_dir) for name in suites]
+    folders = folders or [x / suite for suite in SUITES for x in (results.FOLDER, run_dir)]
+    known = {folder: results.read_folder(folder) for folder in folders if folder.is_dir()}
+    if not any(known.values()):
+        fail("no results: python -m benchmarks run SUITE")
+    for folder, by_env in known.items():
+        for draw in (draw_curves, draw_times, draw_aggregate) if by_env else ():
+            path = folder.parent / f"{folder.name}{SUFFIXES[draw.__name__]}.png"
+            if _shows(path) == digest(by_env) and not redraw:
+                print(f"{path} shows these results already")
+            else:
+                draw(by_env, path)
+
+
+def _find(name: str, root: Path) -> Path:
+    places = (Path(name), results.FOLDER / name, root / name)
+    found = next((path for path in places if path.exists()), None)
+    return found or fail(f"there is no {', '.join(map(str, places))}")
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        fail(f"pictures need matplotlib: {INSTALL}")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _shows(path: Path) -> str | None:
+    """Return the fingerprint of the results that a picture was drawn from."""
+    _pyplot()
+    from PIL import Image  # comes with matplotlib
+
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.text.get("Description")
+
+
+def _axes(count: int, **options) -> tuple:
+    """Return a figure and `count` axes, at most four side by side."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    options |= {"figsize": (3.4 * columns + 0.2, 2.8 * rows + 0.4), "layout": "constrained"}
+    figure, axes = _pyplot().subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
+
+
+def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
+    """Save a picture that says which results it was drawn from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    description = {"Software": None, "Description": digest(by_env)}
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=description)
+    _pyplot().close(figure)
+    print(path)
+
+
+def digest(by_env: dict[str, list[Result]]) -> str:
+    """Return a fingerprint of results."""
+    drawn = hashlib.sha256()
+    for env_id, found in by_env.items():
+        drawn.update(f"{env_id} {results.published(found[0].config)}".encode())
+        for result in found:
+            drawn.update(np.stack(result[1:]).tobytes())
+    return drawn.hexdigest()[:16]
+
+
+def curve(result: Result, total: int, windows: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and the mean return of the episodes that ended in the window before each.
+
+    A window without one takes what lies between its neighbours; there is nothing before the first
+    episode, and after the last.
+    """
+    ends = np.linspace(0, total, windows + 1)[1:]
+    window = np.ceil(result.steps / total * windows).astype(int) - 1
+    known = np.unique(window[window < windows])
+    if not known.size:
+        return ends, np.full(windows, np.nan)
+    means = [result.returns[window == i].mean() for i in known]
+    return ends, np.interp(ends, ends[known], means, left=np.nan, right=np.nan)
+
+
+def seconds_at(steps: np.ndarray, result: Result) -> np.ndarray:
+    """Return the seconds of work after which a run had made so many steps."""
+    last = np.flatnonzero(np.diff(result.seconds, append=np.inf) > 0)  # of those logged together
+    return np.interp(steps, result.steps[last], result.seconds[last])
+
+
+def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = "") -> None:
+    """Draw the curves of an environment's seeds, their mean and its interval.
+
+    They are drawn against environment steps, or against wall time in a unit of so many seconds.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    if not any(result.steps.size for result in found):
+        return
+    total, fewest = max(r.total for r in found), min(r.steps.size for r in found)
+    curves = [curve(result, total, windows=min(50, max(5, fewest // 10))) for result in found]
+    x, returns = curves[0][0], np.stack([returns for _, returns in curves])
+    low, high = np.transpose([results.interval(column) for column in returns.T])
+    if not unit:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_xlabel("environment steps")
+    else:
+        x = np.mean([seconds_at(x, result) / unit for result in found if result.steps.size], axis=0)
+        axis.set_xlabel(f"wall time in {UNITS[unit]}")
+    label = f"mean of {len(found)} seeds, 95% interval" if len(found) > 1 else "1 seed"
+    axis.plot(x, returns.T, color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(x, returns.mean(axis=0), color=color, label=prefix + label)
+    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _legend(figure, axes) -> None:
+    """Explain the lines of all axes once."""
+    figure.supylabel("training return", fontsize="medium")
+    labels = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        labels |= dict(zip(names, handles))
+    options = {"ncols": 3 if len(axes) > 2 else 1, "frameon": False, "fontsize": "small"}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", **options)
+
+
+def draw_curves(by_env: dict[str, list[Result]], path: Path, unit: int = 0) -> None:
+    """Draw a suite's learning curves, against environment steps or in a unit of wall time."""
+    figure, axes = _axes(len(by_env))
+    scripts = {env_id: found[0].config["script"] for env_id, found in by_env.items()}
+    for axis, (env_id, found) in zip(axes, by_env.items(), strict=True):
+        _draw(axis, found, "C0", unit)
+        if known := results.published(found[0].config):
+            axis.axhline(known.mean, color="0.3", linestyle="--", linewidth=1, label=known.label)
+        several = len(set(scripts.values())) > 1
+        axis.set_title(env_id + f" ({scripts[env_id]})" * several, fontsize="medium")
+    _legend(figure, axes)
+    _save(figure, path, by_env)
+
+
+def draw_times(by_env: dict[str, list[Result]], path: Path) -> None:
+    """Draw a suite's learning curves against wall time."""
+    seconds = [result.seconds[-1] for x in by_env.values() for result in x if result.seconds.size]
+    longest = max(seconds, default=0)
+    draw_curves(by_env, path, max((x for x in UNITS if x <= longest / 2), default=1))
+
+
+def normalised(by_env: dict[str, list[Result]]) -> tuple[dict[str, list[float]], list[str]]:
+    """Return each environment's scores (x - random) / (published - random), one for each seed.
+
+    Also return the environments that have none, and why.
+    """
+    random, scores, missing = random_returns.read(), {}, []
+    for env_id, found in by_env.items():
+        known = results.published(found[0].config)
+        if known is None:
+            missing.append(f"{env_id}: nothing is published for these steps")
+        elif env_id not in random:
+            missing.append(f"{env_id}: python -m benchmarks random --env-ids {env_id}")
+        elif abs(known.mean - random[env_id]) < 1e-6:
+            missing.append(f"{env_id}: what is published is what random actions return")
+        else:
+            last = np.array([result.last().mean() for result in found])
+            scores[env_id] = (last - random[env_id]) / (known.mean - random[env_id])
+    return scores, missing
+
+
+def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
+    """Draw a suite's aggregate scores and performance profile, or say why there are none."""
+    name = path.stem.removesuffix("_aggregate")
+    scores, missing = normalised(by_env)
+    for reason in missing:
+        print(f"not in the aggregate of {name}: {reason}")
+    if not scores:
+        return
+    if len(set(map(len, scores.values()))) > 1:
+        counts = ", ".join(f"{env_id} {len(x)}" for env_id, x in scores.items())
+        print(f"no aggregate of {name}: as many seeds are needed everywhere ({counts})")
+        return
+    try:
+        from rliable import library, metrics
+    except ImportError as error:
+        print(f"no aggregate of {name} ({error}): {INSTALL}")
+        return
+    functions = {"interquartile mean": metrics.aggregate_iqm, "mean": metrics.aggregate_mean}
+    functions |= {"median": metrics.aggregate_median}
+    matrix = np.column_stack(list(scores.values()))  # [seeds, environments]
+    thresholds = np.linspace(min(0.0, matrix.min()), max(1.0, matrix.max()) * 1.05, 101)
+
+    def estimate(function, repeats: int) -> tuple:
+        options = {"reps": repeats, "random_state": np.random.RandomState(0)}
+        with warnings.catch_warnings():  # rliable calls arch as arch was
+            warnings.simplefilter("ignore")
+            points, intervals = library.get_interval_estimates({"": matrix}, function, **options)
+        return points[""], intervals[""]
+
+    points, intervals = estimate(lambda x: np.array([f(x) for f in functions.values()]), 5000)
+    profile, band = estimate(lambda x: library.score_distributions(x, thresholds), 1000)
+    what = f"{name}, {len(matrix)} seed(s) of {len(scores)} environment(s)"
+    spread = f"{intervals[0, 0]:.2f} to {intervals[1, 0]:.2f}"
+    print(f"{what}; interquartile mean {points[0]:.2f} ({spread}) of what is published")
+
+    figure, (left, right) = _axes(2)
+    left.errorbar(points, range(3), xerr=abs(intervals - points), fmt="o", capsize=4)
+    left.set(yticks=range(3), yticklabels=functions, ylim=(2.5, -0.5))
+    right.plot(thresholds, profile)
+    right.fill_between(thresholds, *band, alpha=0.2, linewidth=0)
+    right.set_ylabel("share of runs above")
+    for axis in (left, right):
+        axis.set_xlabel("score (random 0, published 1)")
+        axis.axvline(1.0, color="0.3", linestyle="--", linewidth=1)
+    figure.suptitle(what, fontsize="medium")
+    _save(figure, path, by_env)
+
+
+def compare(
+    a: Positional[Path], b: Positional[Path], output: Path = Path("runs/compare.png")
+) -> None:
+    """Tell whether B learns better than A, and draw their learning curves over one another.
+
+    The difference is that of the mean return of the last 100 training episodes. Its 95% bootstrap
+    interval is over seeds; where there is only one, over its episodes.
+
+    Args:
+        a: run folder, folder of run folders, folder of results, or a result's CSV file.
+        b: the same.
+        output: the picture.
+    """
+    sides = [results.read_folder(_find(str(path), ROOT)) for path in (a, b)]
+    both = [env_id for env_id in sides[0] if env_id in sides[1]]
+    if not both:
+        known = (", ".join(side) or "nothing" for side in sides)
+        fail(f"no environment in common: {a} has {next(known)}, {b} has {next(known)}")
+    figure, axes = _axes(len(both))
+    judged: dict[str, list[str]] = {}
+    for axis, env_id in zip(axes, both, strict=True):
+        for side, color, path in zip(sides, ("C0", "C1"), (a, b)):
+            _draw(axis, side[env_id], color, prefix=f"{path}: ")
+        axis.set_title(env_id, fontsize="medium")
+        word, sentence = judge(*(side[env_id] for side in sides))
+        judged.setdefault(word, []).append(env_id)
+        print(f"{env_id}: {sentence}")
+    _legend(figure, axes)
+    _save(figure, output, {str(i): [x for e in both for x in s[e]] for i, s in enumerate(sides)})
+    print(verdict(a, b, judged))
+
+
+def judge(a: list[Result], b: list[Result]) -> tuple[str, str]:
+    """Judge B in an environment: better, worse, the same or open; and say why in a sentence."""
+    a, b = ([result for result in side if result.steps.size] for side in (a, b))
+    if not (a and b):
+        return "open", "no episode has ended"
+    pairs = [(x, y) for x in a for y in b if x.config["args"]["seed"] == y.config["args"]["seed"]]
+    if len(pairs) == min(len(a), len(b)) and all(repeats(x, y) for x, y in pairs):
+        return "the same", f"the same to the last episode, {len(pairs)} seed(s)"
+    means = [np.mean([result.last().mean() for result in side]) for side in (a, b)]
+    low, high = difference(a, b)
+    sentence = f"return {means[0]:,.1f} and {means[1]:,.1f} ({len(a)} and {len(b)} seeds), "
+    sentence += f"difference {means[1] - means[0]:+,.1f}, 95% interval {low:+,.1f} to {high:+,.1f}"
+    if min(len(a), len(b)) == 1:
+        sentence += ", of the episodes of a single seed, which says nothing about other seeds"
+    elif min(len(a), len(b)) < 5:
+        sentence += ", which with so few seeds is right four times in five"
+    return "better" if low > 0 else "worse" if high < 0 else "open", sentence
+
+
+def repeats(a: Result, b: Result) -> bool:
+    """Tell if two runs had the same episodes."""
+    same = np.array_equal(a.steps, b.steps)
+    return bool(same and np.allclose(a.returns, b.returns, rtol=1e-5, atol=1e-5))
+
+
+def difference(a: list[Result], b: list[Result]) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of B's mean return less A's, over the last 100 episodes.
+
+    Seeds are drawn; where there is one, its episodes.
+    """
+    rng, means = np.random.default_rng(0), []
+    for side in (a, b):
+        values = [x.last().mean() for x in side] if len(side) > 1 else side[0].last()
+        means.append(rng.choice(values, (10_000, len(values))).mean(axis=1))
+    low, high = np.percentile(means[1] - means[0], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
+    """Say in one sentence how B compares with A, from environments by how it was judged there."""
+    if judged.keys() == {"the same"}:
+        return f"{b} repeats {a}, in the seeds of both."
+    told = [
+        f"{word} on {', '.join(judged[word])}" for word in ("better", "worse") if word in judged
+    ]
+    if not told:
+        return f"{b} cannot be told from {a}."
+    rest = sum(len(env_ids) for word, env_ids in judged.items() if word not in ("better", "worse"))
+    return f"{b} is {' and '.join(told)} than {a}{f', and no different on {rest}' * (rest > 0)}."

@@ -1,0 +1,50 @@
+"""What random actions return in the environments of the suites: the zero of normalised scores."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from benchmarks.suites import SUITES
+
+FILE = Path(__file__).parent / "random_returns.csv"
+COLUMNS = ("env_id", "episodes", "seed", "mean", "std", "gymnasium", "mujoco", "ale-py")
+
+
+def read() -> dict[str, float]:
+    """Return the mean return of random actions, by environment."""
+    with FILE.open() as file:
+        return {row["env_id"]: float(row["mean"]) for row in csv.DictReader(file)}
+
+
+def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) -> None:
+    """Measure what random actions return, and write it to benchmarks/random_returns.csv.
+
+    Episodes are those of an evaluation: whole games in Atari, unclipped.
+
+    Args:
+        env_ids: environments; by default those of all suites.
+        episodes: episodes of each.
+        seed: episode i and its actions are seeded from (seed, i).
+    """
+    from importlib.metadata import version
+
+    from common.envs import play
+
+    every = {env_id for suite in SUITES.values() for _, env_id, _ in suite.runs}
+    rows = {}
+    if FILE.exists():
+        with FILE.open() as file:
+            rows = {row["env_id"]: row for row in csv.DictReader(file)}
+    for env_id in env_ids or sorted(every):
+        args = SimpleNamespace(env_id=env_id, seed=seed, eval_episodes=episodes, eval_e=1.0)
+        args.render, args.capture_video, args.sticky_actions = False, False, 0.0
+        returns, _ = play(None, args, Path())
+        figures = env_id, episodes, seed, f"{np.mean(returns):.6g}", f"{np.std(returns):.6g}"
+        rows[env_id] = dict(zip(COLUMNS, (*figures, *map(version, COLUMNS[5:]))))
+        print(f"{env_id}: {np.mean(returns):,.2f} ± {np.std(returns):,.2f}", flush=True)
+    with FILE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[env_id] for env_id in sorted(rows))

@@ -1,0 +1,281 @@
+"""Runs of a suite: each a process, several at a time, gone on with by calling the command again."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tyro.conf import Positional
+
+from benchmarks import results
+from benchmarks.suites import SUITES
+from common import fail
+
+SCRIPTS = Path(__file__).parent.parent
+PROGRESS = re.compile(
+    r"([\d,]+) of ([\d,]+) steps \(.*?\) \| ([\d,]+) steps/s \| (\S+) left \|(?: return (\S+))?"
+)
+FINISHED = re.compile(r"^done: |^\S.* is finished; to see it", re.MULTILINE)
+STATES = {"running": "", "finished": ""}
+STATES |= {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+THREADS += ("TORCHINDUCTOR_COMPILE_THREADS",)
+
+
+class Progress(NamedTuple):
+    """What a progress line says."""
+
+    step: int
+    total: int
+    speed: int
+    left: str
+    recent_return: float | None
+
+
+def read_progress(log: str) -> Progress | None:
+    """Return what the last progress line of a log says."""
+    if not (lines := PROGRESS.findall(log)):
+        return None
+    *counts, left, recent = lines[-1]
+    step, total, speed = (int(x.replace(",", "")) for x in counts)
+    return Progress(step, total, speed, left, float(recent.replace(",", "")) if recent else None)
+
+
+class Job:
+    """A run of a suite: its folder SUITE/ENV/SEED, and beside it SEED.log and more."""
+
+    def __init__(self, script: str, env_id: str, flags: str, seed: int, folder: Path):
+        self.script, self.flags, self.env_id, self.seed = script, shlex.split(flags), env_id, seed
+        self.run_dir = folder / env_id.replace("/", "-") / str(seed)
+        self.name = f"{self.run_dir.parent.name}/{seed}"
+        self.state, self.error = "waiting", ""
+        self.process, self.resumed, self.signals = None, False, 0
+
+    def path(self, suffix: str) -> Path:
+        """Return a path beside the run folder, as SEED.log."""
+        return self.run_dir.with_name(self.run_dir.name + suffix)
+
+    def log(self) -> str:
+        """Return the end of the log."""
+        if not self.path(".log").exists():
+            return ""
+        with self.path(".log").open("rb") as file:
+            file.seek(max(0, self.path(".log").stat().st_size - 10_000))
+            return file.read().decode(errors="replace")
+
+    def start(self, threads: int) -> None:
+        """Start the run or go on with it, unless it is finished or another process has it.
+
+        A run keeps its log locked while it lives, also when the one who started it is gone.
+        """
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        with self.path(".log").open("a") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.state = "elsewhere"
+                return
+            script = os.path.relpath(SCRIPTS / f"{self.script}.py")
+            words = [script, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags]
+            words += ["--num-threads", str(threads), "--run-dir", str(self.run_dir)]
+            ours = {"script": self.script, "command": shlex.join(["python", *words])}
+            made_by = self.made_by()
+            finished = made_by and FINISHED.search(self.log())
+            self.resumed = made_by and (self.run_dir / "checkpoint.pt").exists()
+            if not (finished or self.resumed):
+                self.set_aside()
+                log.truncate(0)
+            elif made_by != results.command(ours):
+                self.fail(f"{self.run_dir} was made by another command: {made_by}")
+                return
+            elif finished:
+                self.finish()
+                return
+            else:
+                words = [script, "--resume", str(self.run_dir)]
+            print(f"$ {shlex.join(['python', *words])}", file=log, flush=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | dict.fromkeys(THREADS, str(threads)),
+                start_new_session=True,  # Ctrl-C is for the runner, which passes it on
+            )
+            self.state = "running"
+
+    def made_by(self) -> str | None:
+        """Return the command that made the run folder, if there is a whole one."""
+        try:
+            return results.command(json.loads((self.run_dir / "config.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def set_aside(self) -> None:
+        """Rename a run folder that cannot be gone on with, and forget what was known of it."""
+        if self.run_dir.exists():
+            shutil.rmtree(self.path(".unusable"), ignore_errors=True)
+            self.run_dir.rename(self.path(".unusable"))
+        for suffix in (".csv", ".json", ".usage.json"):
+            self.path(suffix).unlink(missing_ok=True)
+
+    def poll(self, workers: int) -> None:
+        """If the process has ended, note how it did, and what memory it took."""
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if not pid:
+            return
+        code = self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.process = None
+        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        if self.path(".usage.json").exists():
+            peak = max(peak, json.loads(self.path(".usage.json").read_text())["peak_memory_mb"])
+        usage = {"peak_memory_mb": round(peak), "workers": workers}
+        self.path(".usage.json").write_text(json.dumps(usage) + "\n")
+        last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
+        if code == 0 and FINISHED.search(self.log()):
+            self.finish()
+        elif code == 2 and self.resumed and "checkpoint.pt" in last:  # none, or a damaged one
+            self.set_aside()
+            self.state = "waiting"
+        elif self.signals:
+            self.state = "waiting"
+        else:
+            ended = f"exit {code}" if code >= 0 else signal.Signals(-code).name
+            self.fail(f"{ended}: {last}")
+
+    def finish(self) -> None:
+        """Export what the run has learned, beside its folder."""
+        self.state = "finished"
+        if not self.path(".csv").exists():
+            try:
+                results.write(self.run_dir, self.path(".csv"))
+            except (Exception, SystemExit) as error:  # the other runs go on
+                self.fail(f"its events cannot be read: {error!r}")
+
+    def fail(self, error: str) -> None:
+        """Note why the run failed."""
+        self.state, self.error = "failed", error
+
+    def row(self) -> str:
+        """Return the line of the table."""
+        if not (now := read_progress(self.log())):
+            return f"{self.name:30} starting"
+        speed = f"{now.speed:,} steps/s {now.left:>8} left"
+        recent = "" if now.recent_return is None else f"  return {now.recent_return:,.1f}"
+        return f"{self.name:30} {now.step / now.total:4.0%} {speed:>30}{recent}"
+
+
+class Screen:
+    """A table that is redrawn on a terminal; a line a minute without one."""
+
+    def __init__(self):
+        self.live, self.height, self.last = sys.stdout.isatty(), 0, -60.0
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, in place of the table."""
+        print(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + line, flush=True)
+        self.height = 0
+
+    def show(self, lines: list[str]) -> None:
+        """Show the table."""
+        if self.live:
+            size = shutil.get_terminal_size()
+            lines = [line[: size.columns] for line in lines[: size.lines - 1]]
+            self.say("\n".join(lines))
+            self.height = len(lines)
+        elif time.monotonic() - self.last >= 60:
+            self.last = time.monotonic()
+            self.say("; ".join(" ".join(line.split()) for line in lines))
+
+
+def describe(suite: str, jobs: list[Job]) -> list[str]:
+    """Return the table: what runs, what waits, what failed."""
+    names = {state: [job.name for job in jobs if job.state == state] for state in STATES}
+    lines = [f"{suite}: {len(names['finished'])} of {len(jobs)} finished"]
+    lines += [job.row() for job in jobs if job.state in ("running", "elsewhere")]
+    for state in ("elsewhere", "waiting", "failed"):
+        if names[state]:
+            lines.append(f"{STATES[state]} {len(names[state])}: {', '.join(names[state])}")
+    return lines
+
+
+def run(
+    suite: Positional[str],
+    env_ids: tuple[str, ...] = (),
+    seeds: int = 0,
+    workers: int = 0,
+    threads: int = 1,
+    run_dir: Path = Path("runs/benchmarks"),
+) -> None:
+    """Run a suite: the commands that a user would type, each in a process of its own.
+
+    A run is in RUN_DIR/SUITE/ENV/SEED, what it says in SEED.log beside that, and its episodes, once
+    it is finished, in SEED.csv. The same command again resumes what was stopped or died, and
+    repeats nothing that is finished. Ctrl-C lets the runs save, and leaves.
+
+    Args:
+        suite: one of those in benchmarks/suites.py.
+        env_ids: only these environments of the suite.
+        seeds: seeds of each, from 1 on, if not as many as the suite has.
+        workers: runs at a time; by default as many as there are cores for their threads.
+        threads: threads of each run.
+        run_dir: folder of the suites' runs.
+    """
+    if suite not in SUITES:
+        fail(f"no suite {suite}; there are {', '.join(SUITES)}")
+    if unknown := set(env_ids) - {env_id for _, env_id, _ in SUITES[suite].runs}:
+        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}")
+    jobs = [
+        Job(script, env_id, flags, seed, run_dir / suite)
+        for script, env_id, flags in SUITES[suite].runs
+        for seed in range(1, 1 + (seeds or SUITES[suite].seeds))
+        if env_id in env_ids or not env_ids
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or max(1, cores // threads)
+    signals, screen, told = [], Screen(), set()
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    while True:
+        running = [job for job in jobs if job.process]
+        for job in running:
+            if job.signals < len(signals):
+                os.kill(job.process.pid, signal.SIGINT)
+                job.signals += 1
+            job.poll(workers)
+        for job in jobs:
+            free = workers > sum(other.process is not None for other in jobs)
+            if free and not signals and job.state in ("waiting", "elsewhere"):
+                job.start(threads)
+            if job.state in ("finished", "failed") and job not in told:
+                told.add(job)
+                screen.say(f"{job.state}: {job.name} {job.error}")
+        if signals and "stopping" not in told:
+            told.add("stopping")
+            screen.say("stopping, once the runs have saved; once more to leave at once")
+        left = [job for job in jobs if job.state in ("waiting", "elsewhere")]
+        if not any(job.process for job in jobs) and (signals or not left):
+            break
+        screen.show(describe(suite, jobs))
+        time.sleep(0.5)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    screen.say("\n".join(describe(suite, jobs)))
+    again = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    if signals:
+        print(f"stopped; go on: {again}")
+        raise SystemExit(128 + signals[0])
+    if any(job.state == "failed" for job in jobs):
+        print(f"what failed is resumed by the same command: {again}\nlogs: {run_dir / suite}")
+        raise SystemExit(1)
+    print(f"to see it: python -m benchmarks plot {run_dir / suite}")
