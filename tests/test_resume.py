@@ -7,18 +7,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    assert_same,
-    assert_same_runs,
-    command,
-    flags,
-    kill_after_checkpoint,
-)
+from conftest import ROOT, assert_same, assert_same_runs, command, flags, kill_after_checkpoint
 
 from common import envs
 from common.checkpoint import load_checkpoint
 from common.tensors import ReturnStatistics
+from ppo_continuous import Args, train
 
 SHORT = {"num_envs": 1, "num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
 SHORT |= {"eval_episodes": 2, "compile": False}
@@ -140,11 +134,9 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
 
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
     """New episodes begin, so that no sum of discounted rewards goes on across the gap either."""
-    import ppo_continuous as ppo
-
     options = SHORT | {"num_envs": 16, "anneal_lr": False, "run_dir": "r"}
-    args = ppo.Args(env_id="toy_envs:Unseeded-v0", total_timesteps=1024, **options)
-    ppo.train(args)
+    args = Args(env_id="toy_envs:Unseeded-v0", total_timesteps=1024, **options)
+    train(args)
     checkpoint = load_checkpoint("r/checkpoint.pt")
     lost, carries = [], []
     load, update = envs.Environments.load_state_dict, ReturnStatistics.update_from_rewards
@@ -160,7 +152,7 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     monkeypatch.setattr(envs.Environments, "load_state_dict", load_spy)
     monkeypatch.setattr(ReturnStatistics, "update_from_rewards", update_spy)
     capsys.readouterr()
-    ppo.train(dataclasses.replace(args, resume="r", total_timesteps=3072), checkpoint)
+    train(dataclasses.replace(args, resume="r", total_timesteps=3072), checkpoint)
     assert capsys.readouterr().out.count("new episodes") == 1
     (lost,) = lost
     expected = torch.where(torch.tensor(lost), 0.0, checkpoint["agent"]["return_statistics.carry"])
