@@ -191,7 +191,9 @@ def published(config: dict) -> Published | None:
             same &= int(row["steps"]) == config["args"]["total_timesteps"]
             same &= _name(row["env_id"]) == _name(config["args"]["env_id"])
             if same and row["source"].startswith("CleanRL"):
-                label = f"CleanRL ({row['env_id'].rsplit('-', 1)[1]})"
+                version = row["env_id"].rsplit("-", 1)[1]
+                same_version = config["args"]["env_id"].endswith(version)
+                label = "CleanRL" if same_version else f"CleanRL ({version})"
                 return Published(float(row["mean"]), float(row["std"]), label)
     return None
 
