@@ -10,8 +10,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from common.seeding import env_seed
 
 PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
-to 30 no-ops, at most 108,000 frames; a lost life ends the agent's episode, not the game, and the
-step after it presses FIRE, whatever the action; returns are scores of whole games"""
+to 30 frames of FIRE and no-ops at the start, at most 108,000; a lost life ends the agent's episode,
+not the game, and the step after it presses FIRE, whatever the action; returns are scores of whole
+games"""
 
 
 def find_game(env_id: str) -> str | None:

@@ -150,7 +150,7 @@ class Environments:
 
     def load_state_dict(self, state: dict) -> None:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
-        histories, self.steps = state["histories"], state["steps"]
+        histories, self.steps, self.new = state["histories"], state["steps"], []
         self.vector_env.set_attr("history", histories)
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)

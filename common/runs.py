@@ -167,7 +167,7 @@ class Run:
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
-        self.signal = 0  # the one that asked to stop
+        self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step >= last_step:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
@@ -294,7 +294,7 @@ class Run:
             print(f"{share} | {speed:,.0f} steps/s | {left} left | {recent}", flush=True)
             self.printed = now
         self.step = step
-        if self.signal and step < self.last_step:
+        if self.signal and self.saved == step < self.last_step:
             self.bar.close()
             resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
             print(f"stopped at step {step:,}; go on: {resume}")
@@ -306,6 +306,7 @@ class Run:
         state = {"returns": list(self.returns), "best_return": self.best_return}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         self._write("checkpoint.pt", {"global_step": step} | state)
+        self.saved = step
 
     def _write(self, name: str, state: dict) -> None:
         about = {"script": self.script, "args": vars(self.args), "device": self.device}

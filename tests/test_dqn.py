@@ -171,11 +171,15 @@ class Priorities:
             self.of[numbers[index // num_envs], index % num_envs] = priority
             self.most = max(self.most, priority)
 
-    def leaves(self) -> np.ndarray:
-        size, num_envs = self.replay.rewards.shape
-        leaves = np.zeros(self.replay.tree.leaves.numel())
+    def check(self) -> np.ndarray:
+        """Compare with the tree's leaves, its sums and the most there ever was; return the leaves."""
+        (size, num_envs), tree = self.replay.rewards.shape, self.replay.tree
+        leaves = np.zeros(tree.leaves.numel())
         for (row, n), priority in self.of.items():
             leaves[row % size * num_envs + n] = priority
+        np.testing.assert_allclose(tree.leaves.flatten(), leaves, rtol=1e-12)
+        np.testing.assert_allclose(tree.sums, tree.leaves.sum(1), rtol=1e-12)
+        assert self.replay.max_priority.item() == pytest.approx(self.most, rel=1e-12)
         return leaves
 
 
@@ -230,27 +234,19 @@ def test_replay_equals_one_of_whole_stacks(
         usable = complete_rows(replay)
         if usable:
             indices, weights = replay.sample(0.7, draw)
-            row_of = {row % rows: row for row in usable}
-            assert {index // num_envs for index in indices.tolist()} <= row_of.keys()
-            if prioritized:
-                leaves = priorities.leaves()
-                np.testing.assert_allclose(replay.tree.leaves.flatten(), leaves, rtol=1e-12)
-                chances_of = leaves[indices] / leaves.sum()
-                expected = (1 / (len(usable) * num_envs * chances_of)) ** 0.7
-                np.testing.assert_allclose(weights, expected / expected.max(), rtol=1e-5)
-                errors = torch.sin(indices * 7.0 + t) * 3  # the same for the same transition
-                replay.reprioritize(indices, errors)
-                priorities.learned(indices, errors)
-                leaves = priorities.leaves()
-                np.testing.assert_allclose(replay.tree.leaves.flatten(), leaves, rtol=1e-6)
-                np.testing.assert_allclose(replay.tree.sums, replay.tree.leaves.sum(1))
-                priorities.of = {  # without what float32 rounds
-                    (row_of[i // num_envs], i % num_envs): replay.tree.leaves.flatten()[i].item()
-                    for i in np.flatnonzero(leaves)
-                }
-                priorities.most = replay.max_priority.item()
-            else:
+            usable_now = {row % rows for row in usable}
+            assert {index // num_envs for index in indices.tolist()} <= usable_now
+            if not prioritized:
                 assert (weights == 1).all()
+                continue
+            leaves = priorities.check()
+            probabilities = leaves[indices] / leaves.sum()
+            expected = (1 / (len(usable) * num_envs * probabilities)) ** 0.7
+            np.testing.assert_allclose(weights, expected / expected.max(), rtol=1e-5)
+            errors = 3 * torch.sin(indices * 7.0 + t).double()  # of one transition, always the same
+            replay.reprioritize(indices, errors)
+            priorities.learned(indices, errors)
+            priorities.check()
     starts = 4 * num_envs * (1 + (lost < steps))  # of all stacks; then, each frame is kept once
     assert replay.num_frames == starts + steps * num_envs + naive.truncations
     assert len(replay.frames) == 1 + math.ceil(1.02 * rows * num_envs) + 8 * num_envs
@@ -608,14 +604,14 @@ def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monke
     """Functions of the step alone: a run that was cut off and resumed logs the same."""
     record = Record(monkeypatch)
     options = SHORT | {"prioritized": True, "total_timesteps": 400, "checkpoint_every": 100}
-    args = dqn.Args(**options, start_e=0.9, end_e=0.1, exploration_fraction=0.5)
+    args = dqn.Args(**options, start_e=0.9, end_e=0.1, exploration_fraction=0.8)
     record.power_cut_at = 68  # steps of four environments
     with pytest.raises(RuntimeError, match="power cut"):
         dqn.train(args)
     record.power_cut_at = None
     dqn.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
     steps = np.arange(20, 401, 20)
-    expected = list(zip(steps.tolist(), np.maximum(0.9 - 0.8 * steps / 200, 0.1)))
+    expected = list(zip(steps.tolist(), np.maximum(0.9 - 0.8 * steps / 320, 0.1)))
     logged = scalars(Path("r"))["charts/epsilon"]
     assert [step for step, _ in logged] == steps.tolist()
     np.testing.assert_allclose(logged, expected, rtol=1e-6)
@@ -680,8 +676,9 @@ def test_learns_to_catch(env_id, options):
     dqn.train(dqn.Args(env_id=env_id, total_timesteps=steps, **LEARN | options))
     logged = scalars(Path("r"))
     returns = [value for _, value in logged["charts/episodic_return"]]
-    assert np.mean(returns[:100]) < 0 and np.mean(returns[-100:]) > 0.6  # with 2% at random
-    assert logged["eval/episodic_return"] == [(steps, 1.0)]
+    assert np.mean(returns[:100]) < 0 and np.mean(returns[-100:]) > 0.7  # with 2% at random
+    ((_, evaluated),) = logged["eval/episodic_return"]
+    assert evaluated > 0.9
     assert {"losses/td_loss", "losses/q_values", "charts/epsilon"} <= logged.keys()
 
 
