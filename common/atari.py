@@ -46,23 +46,34 @@ class AtariGames(VectorEnv):
         self.single_action_space = games.single_action_space
         meanings = [action.name for action in games.ale.get_action_set()]
         self.fire = meanings.index("FIRE") if "FIRE" in meanings else 0
-        self.episode, self.actions = [-1] * num_envs, [[] for _ in range(num_envs)]
+        self.episode, self.actions = np.full(num_envs, -1), [[] for _ in range(num_envs)]
         self.waiting = np.zeros(num_envs, bool)  # for FIRE
+        # ale-py loads a game anew to seed it, which takes as long as a hundred steps; without
+        # sticky actions only the no-ops at the start are random, and 64 games share a seed
+        self.games_per_seed = 1 if sticky_actions else 64
 
     def reset(self, *, seed: list[int] | None = None, options=None) -> tuple[np.ndarray, dict]:
         """Begin the next game everywhere, by default with its own seed."""
+        self.episode += 1
         return self._begin(np.ones(self.num_envs, bool), seed), {}
 
     def _begin(self, which: np.ndarray, seeds: list[int] | None = None) -> np.ndarray:
+        first = self.episode - (0 if seeds else self.episode % self.games_per_seed)
         indices = np.flatnonzero(which).tolist()
-        for i in indices:
-            self.episode[i], self.actions[i] = self.episode[i] + 1, []
-        self.waiting[which] = False
-        seeds = seeds or [env_seed(self.seed, "env", i, self.episode[i]) for i in indices]
+        seeds = seeds or [env_seed(self.seed, "env", i, int(first[i])) for i in indices]
         seeds = np.array([seed % 2**31 for seed in seeds])
         obs, infos = self.games.reset(seed=seeds, options={"reset_mask": which})
+        for k in range((self.episode - first)[which].max()):
+            behind = which & (self.episode - first > k)
+            obs, infos = self.games.reset(options={"reset_mask": behind})
         self.frames = infos["episode_frame_number"]
+        self._forget(which)
         return obs
+
+    def _forget(self, which: np.ndarray) -> None:
+        self.waiting[which] = False
+        for i in np.flatnonzero(which):
+            self.actions[i] = []
 
     def step(self, actions: np.ndarray) -> tuple:
         """Step all games; observations are uint8 [N, 4, 84, 84], newly made."""
@@ -82,15 +93,19 @@ class AtariGames(VectorEnv):
         over = infos["episode_frame_number"] < self.frames  # lives tell it in most games, not all
         self.frames, self.waiting = infos["episode_frame_number"], terminated & ~over
         infos = {name: infos[name] for name in ("final_obs",) if name in infos} | {"over": over}
-        if over.any():  # begun anew already, but not from a seed of ours
-            obs = self._begin(over)
+        if over.any():
+            self.episode += over
+            self._forget(over)
+            seeded = over & (self.episode % self.games_per_seed == 0)
+            obs = self._begin(seeded) if seeded.any() else obs
         return obs, rewards, terminated, truncated, infos
 
     def get_attr(self, name: str) -> list:
         """Return `history`, (number of the running game, its actions), or `obs`, of every game."""
         if name == "obs":
             return list(self.obs)
-        return [(e, torch.tensor(x, dtype=torch.uint8)) for e, x in zip(self.episode, self.actions)]
+        actions = [torch.tensor(x, dtype=torch.uint8) for x in self.actions]
+        return list(zip(self.episode.tolist(), actions))
 
     def set_attr(self, name: str, histories: list[tuple[int, torch.Tensor]]) -> None:
         """Repeat the actions of each `history`; each game begins so that all get there at once."""
@@ -98,8 +113,7 @@ class AtariGames(VectorEnv):
         longest = max(len(actions) for _, actions in histories)
         for left in range(longest, -1, -1):
             begin = np.array([len(actions) == left for _, actions in histories])
-            for i in np.flatnonzero(begin):
-                self.episode[i] = histories[i][0] - 1
+            self.episode[begin] = np.array([episode for episode, _ in histories])[begin]
             if begin.any():
                 self.obs = self._begin(begin)
             if left:
