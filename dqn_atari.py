@@ -176,11 +176,7 @@ class Agent(nn.Module):
 
 
 class SumTree:
-    """Priorities in blocks whose sums are kept: a tree of two levels, sqrt(size) wide.
-
-    A draw looks through the sums and one block, an update sums one block: all of it in few vector
-    operations, where a binary tree takes one for each of its twenty levels.
-    """
+    """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20."""
 
     def __init__(self, size: int, device):
         width = math.ceil(math.sqrt(size))
@@ -235,6 +231,7 @@ class Replay:
         """Begin with observations [N, 4, H, W]; episodes before them are cut off."""
         self.ends[self.num_rows % len(self.rewards) - 1, :, 1] = True
         self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
+        self._drop()
 
     def _keep(self, frames: np.ndarray) -> np.ndarray:
         numbers = self.num_frames + np.arange(1, len(frames) + 1)
@@ -265,14 +262,18 @@ class Replay:
         self.ends[row] = torch.from_numpy(np.column_stack((terminated, truncated)))
         self.needs[row] = np.where(numbers > 0, numbers, self.num_frames).min()
         self.num_rows += 1
+        self._drop()
+        complete = self.num_rows - self.args.n_step
+        if self.args.prioritized and complete >= self.oldest:  # drawn soon, and only with all n
+            self._prioritize([complete], self.max_priority)
+
+    def _drop(self) -> None:  # rows that are overwritten, or whose frames are
         before, self.oldest = self.oldest, max(self.oldest, self.num_rows - len(self.rewards))
-        while self.needs[self.oldest % len(self.rewards)] <= self.num_frames - self.capacity:
+        gone = self.num_frames - self.capacity
+        while self.oldest < self.num_rows and self.needs[self.oldest % len(self.needs)] <= gone:
             self.oldest += 1
-        if self.args.prioritized:  # new ones come once they have all n steps, with the most
+        if self.args.prioritized:
             self._prioritize(range(before, self.oldest), 0 * self.max_priority)
-            self._prioritize([self.num_rows - 1], 0 * self.max_priority)
-            if self.num_rows - self.args.n_step >= self.oldest:
-                self._prioritize([self.num_rows - self.args.n_step], self.max_priority)
 
     def _prioritize(self, rows, priority: torch.Tensor) -> None:
         for row in rows:

@@ -227,8 +227,9 @@ class Replay:
         return torch.randint(filled, self.batch_size, generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return the last `count` rows, or as many as there are."""
-        return self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
+        """Return reward, termination and next obs of the last `count` rows."""
+        rows = torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)
+        return self.rows[rows, -self.columns[-1] - 2 :]
 
     def state_dict(self) -> dict:
         """Return what is filled."""

@@ -90,7 +90,7 @@ class FlatAdam(nn.Module):
         self.steps += 1
         self.exp_avg.lerp_(gradient, 1 - 0.9)
         self.exp_avg_sq.lerp_(gradient**2, 1 - 0.999)
-        bias1, bias2 = (1 - torch.exp(self.steps * math.log(beta)) for beta in (0.9, 0.999))
+        bias1, bias2 = (-torch.expm1(self.steps * math.log(beta)) for beta in (0.9, 0.999))
         parameters -= lr / bias1 * self.exp_avg / ((self.exp_avg_sq / bias2).sqrt() + self.eps)
 
 
