@@ -310,7 +310,8 @@ class Replay:
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
         numbers = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
-        obs, next_obs = self.frames[numbers].split(4, 1)
+        layout = {"memory_format": torch.channels_last}  # convolutions are faster so
+        obs, next_obs = (x.contiguous(**layout) for x in self.frames[numbers].split(4, 1))
         return obs, self.actions[row, env], reward, discount, next_obs
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
@@ -486,15 +487,10 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     return agent
 
 
-def main() -> None:
-    """Train, resume or evaluate, as the command line says."""
+if __name__ == "__main__":
     args, checkpoint = runs.parse_args(Args, SCRIPT)
-    if args.evaluate is not None:
+    if args.evaluate is None:
+        train(args, checkpoint)
+    else:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
-    else:
-        train(args, checkpoint)
-
-
-if __name__ == "__main__":
-    main()

@@ -128,14 +128,10 @@ class Args:
     """widths of the hidden layers of the policy's and the value's network"""
 
 
-def mlp(sizes: list[int], gain: float) -> nn.Sequential:
-    """Tanh network; orthogonal weights, `gain` in the last layer, and zero biases (detail 2)."""
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
-        nn.init.zeros_(layer.bias)
-    hidden = [module for layer in layers[:-1] for module in (layer, nn.Tanh())]
-    return nn.Sequential(*hidden, layers[-1])
+def mlp(*sizes: int) -> nn.Sequential:
+    """Tanh network with layers of these widths; the last one is linear."""
+    layers = [f for a, b in zip(sizes, sizes[1:]) for f in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
 
 
 def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
@@ -153,13 +149,14 @@ class Agent(nn.Module):
         super().__init__()
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
         self.cnn = nature_cnn(obs_shape) if len(obs_shape) == 3 else None
-        for layer in self.cnn or ():
-            if hasattr(layer, "weight"):
-                nn.init.orthogonal_(layer.weight, math.sqrt(2))
-                nn.init.zeros_(layer.bias)
         obs_size = 512 if self.cnn else obs_size
-        self.actor = mlp([obs_size, *args.hidden_sizes, action_size], gain=0.01)
-        self.critic = mlp([obs_size, *args.hidden_sizes, 1], gain=1.0)
+        self.actor = mlp(obs_size, *args.hidden_sizes, action_size)
+        self.critic = mlp(obs_size, *args.hidden_sizes, 1)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):  # detail 2
+                gain = {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, math.sqrt(2))
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
         self.args = args
         self.obs_statistics = tensors.RunningStatistics(obs_shape)
         self.return_statistics = tensors.ReturnStatistics(args.num_envs)
@@ -197,8 +194,8 @@ class Rollout:
     def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
         shape = args.num_steps, args.num_envs
         self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
-        if len(obs_space.shape) == 3:
-            self.obs = self.obs.byte()
+        if len(obs_space.shape) == 3:  # bytes, in memory with channels last: faster convolutions
+            self.obs = self.obs.byte().movedim(2, -1).contiguous().movedim(-1, 2)
         self.noise = torch.zeros(*shape, gym.spaces.flatdim(action_space), device=device)
         self.rewards = np.zeros(shape)
         self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -276,10 +273,10 @@ def learning_rate(progress: float, args: Args) -> torch.Tensor:
     return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
 
 
-def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
-    """Advantages, values and value targets of a rollout, each [T * N]."""
-    values = agent(rollout.obs.flatten(0, 1))[1].view(rollout.obs.shape[:2]).cpu().numpy()
-    values, next_values = values[:-1], values[1:].copy()
+def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
+    """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
+    values = torch.cat((values, agent(rollout.obs[-1])[1])).view(rollout.obs.shape[:2])
+    values, next_values = values[:-1].cpu().numpy(), values[1:].clone().cpu().numpy()
     if rollout.final_obs:  # where an episode was cut: its real last observation
         final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
@@ -288,8 +285,8 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> list[torch.Tensor]:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
     ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
     advantages = compute_gae(rewards, values, next_values, *ends, *decays)
-    arrays = np.stack((advantages, values, advantages + values)).astype(np.float32)
-    return list(torch.from_numpy(arrays).to(rollout.obs.device).flatten(1))
+    arrays = np.stack((advantages, advantages + values)).astype(np.float32)
+    return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
@@ -350,10 +347,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
-            old_log_prob, _ = log_prob_and_entropy(agent(obs)[0], actions)
             for epoch in range(args.update_epochs):
                 if epoch == 0 or args.recompute_advantages:
-                    advantages, values, targets = estimate(agent, rollout, args)
+                    policy, values = agent(obs)
+                    advantages, targets = estimate(agent, rollout, values, args)
+                if epoch == 0:
+                    old_log_prob, _ = log_prob_and_entropy(policy, actions)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
                 for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
@@ -391,15 +390,10 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     return agent
 
 
-def main() -> None:
-    """Train, resume or evaluate, as the command line says."""
+if __name__ == "__main__":
     args, checkpoint = runs.parse_args(Args, SCRIPT, ATARI)
-    if args.evaluate is not None:
+    if args.evaluate is None:
+        train(args, checkpoint)
+    else:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
-    else:
-        train(args, checkpoint)
-
-
-if __name__ == "__main__":
-    main()

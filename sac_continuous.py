@@ -420,15 +420,10 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     return agent
 
 
-def main() -> None:
-    """Train, resume or evaluate, as the command line says."""
+if __name__ == "__main__":
     args, checkpoint = runs.parse_args(Args, SCRIPT)
-    if args.evaluate is not None:
+    if args.evaluate is None:
+        train(args, checkpoint)
+    else:
         check_args(args)
         runs.evaluate(load_agent(args.evaluate), args)
-    else:
-        train(args, checkpoint)
-
-
-if __name__ == "__main__":
-    main()

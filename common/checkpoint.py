@@ -7,7 +7,7 @@ import torch
 
 from common import fail
 
-FORMAT, VERSION = "single-file-rl checkpoint", 3
+FORMAT, VERSION = "single-file-rl checkpoint", 4
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -1,6 +1,5 @@
 """Running statistics, parameters as one vector, and a PyTorch function traced into NumPy."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -61,8 +60,11 @@ class ReturnStatistics(RunningStatistics):
 
 
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
-    """Return a vector [P] with the parameters of `module`, which become views of it."""
-    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    """Return a vector [P] with the parameters of `module`, which become views of it.
+
+    It is what gradients are taken of, no more the parameters themselves.
+    """
+    flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
     for name, view in unflatten(flat, module).items():
         module.get_parameter(name).data = view
     return flat
@@ -81,16 +83,18 @@ class FlatAdam(nn.Module):
     def __init__(self, parameters: torch.Tensor, eps: float):
         super().__init__()
         self.eps = eps
-        self.register_buffer("steps", torch.zeros((), device=parameters.device))
+        for beta in ("beta1_power", "beta2_power"):  # beta ** steps
+            self.register_buffer(beta, parameters.new_ones((), dtype=torch.float64))
         self.register_buffer("exp_avg", torch.zeros_like(parameters))
         self.register_buffer("exp_avg_sq", torch.zeros_like(parameters))
 
     def step(self, parameters: torch.Tensor, gradient: torch.Tensor, lr: torch.Tensor) -> None:
         """Step against `gradient` [P], in place; `lr` is a tensor, as a number would recompile."""
-        self.steps += 1
+        self.beta1_power *= 0.9
+        self.beta2_power *= 0.999
         self.exp_avg.lerp_(gradient, 1 - 0.9)
         self.exp_avg_sq.lerp_(gradient**2, 1 - 0.999)
-        bias1, bias2 = (-torch.expm1(self.steps * math.log(beta)) for beta in (0.9, 0.999))
+        bias1, bias2 = (1 - self.beta1_power).float(), (1 - self.beta2_power).float()
         parameters -= lr / bias1 * self.exp_avg / ((self.exp_avg_sq / bias2).sqrt() + self.eps)
 
 

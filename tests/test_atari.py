@@ -221,9 +221,9 @@ def test_training_tells_the_three_ends_apart(monkeypatch):
     estimate, scores, lengths = ppo.estimate, np.zeros(4), np.zeros(4, int)
     seen, logged = {"life": 0, "over": 0, "limit": 0}, []
 
-    def spy(agent, rollout, args):
+    def spy(agent, rollout, values, args):
         nonlocal obs
-        _, _, targets = result = estimate(agent, rollout, args)
+        _, targets = result = estimate(agent, rollout, values, args)
         nexts, rewards = [], []
         for t, action in enumerate(rollout.actions):
             assert np.array_equal(rollout.obs[t], obs)

@@ -96,7 +96,9 @@ def test_estimate_bootstraps_from_the_real_last_observation(ppo):
     rollout.truncations[1, [1]] = True
     rollout.final_obs = {(1, 1): torch.tensor([100.0], dtype=torch.float64)}
     rollout.rewards[0, 3] = 7.0
-    advantages, values, targets = (x.view(3, 4) for x in ppo.estimate(agent, rollout, args))
+    values = agent(rollout.obs[:-1].flatten(0, 1))[1].detach()
+    results = ppo.estimate(agent, rollout, values, args)
+    advantages, targets, values = (x.view(3, 4) for x in (*results, values))
     expected = torch.tensor([[5.0, 5, 5, 12], [0, 50, 0, 10], [15, 15, 15, 15]])
     torch.testing.assert_close(targets, expected)
     torch.testing.assert_close(advantages, targets - values)
@@ -429,7 +431,7 @@ def test_rollouts_sample_discrete_actions_from_the_softmax(monkeypatch):
     options |= {"learning_rate": 1e-12, "eval_episodes": 1, "compile": False, "run_dir": "r"}
     args = ppo_discrete.Args(env_id="toy_envs:Buttons-v0", total_timesteps=8000, **options)
     ppo_discrete.train(args)
-    ((agent, rollout, _),) = seen
+    ((agent, rollout, _, _),) = seen
     obs, noise = rollout.obs[:-1].flatten(0, 1), rollout.noise.flatten(0, 1)
     probabilities = agent.actor(agent.encode(obs)).softmax(-1).numpy()
     critical = 13.8  # of two degrees of freedom, one in a thousand

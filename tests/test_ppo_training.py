@@ -114,9 +114,9 @@ def test_all_environments_share_statistics_and_stored_observations_are_copies(mo
     """With four environments: one mean and variance over all, and no aliased buffers."""
     stored, estimate = [], ppo.estimate
 
-    def spy(agent, rollout, args):
+    def spy(agent, rollout, values, args):
         stored.append((rollout.obs.clone(), agent.obs_statistics.count.item()))
-        return estimate(agent, rollout, args)
+        return estimate(agent, rollout, values, args)
 
     monkeypatch.setattr(ppo, "estimate", spy)
     options = SHORT | {"num_envs": 4, "norm_obs": True}
