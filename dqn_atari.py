@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from common import envs, runs, seeding, tensors
 
@@ -377,18 +377,14 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     `target` as weights.
     """
 
-    def q_values(parameters, *inputs):
-        weights = tensors.unflatten(parameters, agent.critic)
-        return functional_call(agent.critic, weights, inputs)
-
     def update(critic, target, batch, weight):
         obs, action, reward, discount, next_obs = batch
-        next_q = q_values(target, next_obs)
-        choosing_q = q_values(critic, next_obs) if args.double else next_q
+        next_q = tensors.call(agent.critic, target, next_obs)
+        choosing_q = tensors.call(agent.critic, critic, next_obs) if args.double else next_q
         y = td_target(reward, discount, next_q, choosing_q)
 
         def loss(critic):
-            q = q_values(critic, obs).gather(1, action[:, None]).squeeze(1)
+            q = tensors.call(agent.critic, critic, obs).gather(1, action[:, None]).squeeze(1)
             return td_loss(q, y, weight, args.loss), q
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
@@ -406,8 +402,8 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
-    fits = args.n_step <= min(args.buffer_size, args.learning_starts) // args.num_envs
-    runs.require(fits, args, "n_step", "fit into the replay, and before --learning-starts")
+    fits = args.n_step <= min(args.buffer_size // 2, args.learning_starts) // args.num_envs
+    runs.require(fits, args, "n_step", "fit into the replay twice, and before --learning-starts")
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from common import envs, runs, seeding, tensors
 
@@ -252,7 +252,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """
 
     def loss(parameters, obs, actions, *rest):
-        policy, value = functional_call(agent, tensors.unflatten(parameters, agent), obs)
+        policy, value = tensors.call(agent, parameters, obs)
         return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
     def update(parameters, batch, indices, lr):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from common import envs, runs, seeding, tensors
 
@@ -118,8 +118,7 @@ class Actor(nn.Module):
         sizes = [obs_size, *hidden_sizes]
         layers = [f for a, b in zip(sizes, sizes[1:]) for f in (nn.Linear(a, b), nn.ReLU())]
         self.hidden = nn.Sequential(nn.Flatten(), *layers)
-        self.mean = nn.Linear(sizes[-1], action_size)
-        self.log_std = nn.Linear(sizes[-1], action_size)
+        self.mean, self.log_std = (nn.Linear(sizes[-1], action_size) for _ in range(2))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-std, which is squashed into its bounds."""
@@ -192,10 +191,7 @@ class Agent(nn.Module):
 
 
 class Replay:
-    """The last transitions, one in each row: obs [O], action [A], reward, termination, next obs.
-
-    The next observation is the one that the step led to, never the one after a reset.
-    """
+    """The last transitions, a row each: obs [O], action [A], reward, termination, real next obs."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_size: int, device):
         obs_size, size = math.prod(obs_shape), args.buffer_size // args.num_envs * args.num_envs
@@ -249,9 +245,9 @@ def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
 
 
 def sample_with_log_prob(policy: tuple, noise: torch.Tensor) -> tuple:
-    """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B] within (-1, 1).
+    """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B].
 
-    The target entropy is meant in these units, however wide the environment's bounds are.
+    It is the one within (-1, 1), as the target entropy's, whatever the environment's bounds are.
     """
     mean, log_std = policy
     u = mean + log_std.exp() * noise
@@ -264,8 +260,7 @@ def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -
 
     A termination has no future; at a time limit the episode's real last state has.
     """
-    next_value = next_q.min(0).values - alpha * next_log_prob
-    return reward + gamma * (1 - termination) * next_value
+    return reward + gamma * (1 - termination) * (next_q.min(0).values - alpha * next_log_prob)
 
 
 def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -284,28 +279,20 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 
 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
-    """Return `update_critic` and `update_actor`, gradient steps in place that return METRICS.
+    """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
 
-    Each is one graph, once compiled; networks are called with pieces of the vectors `critic`,
-    `target` and `actor` as weights. Noise comes from outside: a compiled graph has its own.
+    Each is one graph, once compiled. Noise comes from outside: a compiled graph has its own.
     """
-
-    def q_values(parameters, *inputs):
-        weights = tensors.unflatten(parameters, agent.critic)
-        return functional_call(agent.critic, weights, inputs)
-
-    def act(parameters, obs, noise):
-        policy = functional_call(agent.actor, tensors.unflatten(parameters, agent.actor), obs)
-        return sample_with_log_prob(policy, noise)
 
     def update_critic(critic, target, actor, log_alpha, rows, indices, noise):
         obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
-        next_action, log_prob = act(actor, next_obs, noise)
-        next_q, alpha = q_values(target, next_obs, next_action), log_alpha.exp()
+        policy, alpha = tensors.call(agent.actor, actor, next_obs), log_alpha.exp()
+        next_action, log_prob = sample_with_log_prob(policy, noise)
+        next_q = tensors.call(agent.critic, target, next_obs, next_action)
         y = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
         def loss(critic):
-            q = q_values(critic, obs, action)
+            q = tensors.call(agent.critic, critic, obs, action)
             return critic_loss(q, y), q
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
@@ -316,8 +303,9 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
         obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
 
         def loss(actor):
-            action, log_prob = act(actor, obs, noise)
-            return actor_loss(q_values(critic, obs, action), log_prob, alpha), log_prob
+            action, log_prob = sample_with_log_prob(tensors.call(agent.actor, actor, obs), noise)
+            q = tensors.call(agent.critic, critic, obs, action)
+            return actor_loss(q, log_prob, alpha), log_prob
 
         gradient, (value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
         optimizer["actor"].step(actor, gradient, args.policy_lr)

@@ -2,6 +2,7 @@
 
 import tyro
 
+from benchmarks.memory import memory
 from benchmarks.plots import compare, plot
 from benchmarks.random_returns import random
 from benchmarks.results import export, table
@@ -9,6 +10,6 @@ from benchmarks.run import run
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
-    commands = (run, export, plot, table, compare, speed, random)
+    commands = (run, export, plot, table, compare, speed, memory, random)
     named = {command.__name__: command for command in commands}
     tyro.extras.subcommand_cli_from_dict(named, prog="python -m benchmarks")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tyro.conf import Positional
 
 from benchmarks import results
+from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
 from common import fail
 
@@ -134,7 +135,7 @@ class Job:
             return
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         self.process = None
-        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        peak = peak_memory(usage)
         if self.path(".usage.json").exists():
             peak = max(peak, json.loads(self.path(".usage.json").read_text())["peak_memory_mb"])
         usage = {"peak_memory_mb": round(peak), "workers": workers}

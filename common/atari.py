@@ -147,7 +147,8 @@ class AtariGame(gym.Env):
     def step(self, action: int) -> tuple:
         """Step; only the end of the game terminates."""
         steps = [games.step(np.array([action])) for games in self.games]
-        self.picture = steps[-1][0][0, 0]
+        drawn, *_, last = steps[-1]
+        self.picture = last.get("final_obs", drawn)[0, 0]  # not of the next game
         obs, (reward,), _, (truncated,), infos = steps[0]
         return obs[0], float(reward), bool(infos["over"][0] and not truncated), bool(truncated), {}
 

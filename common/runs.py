@@ -37,9 +37,9 @@ RANGES = {
     "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
     "policy_frequency target_network_frequency train_frequency log_every",
     (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
-    "learning_starts num_threads priority_alpha priority_beta",
+    "learning_starts num_threads priority_alpha",
     (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
-    "sticky_actions",
+    "sticky_actions priority_beta",
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
     "alpha",
 }

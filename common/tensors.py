@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Gauss-Hermite quadrature: the mean of f(z) over a standard normal z is f(NODES) @ WEIGHTS
@@ -75,6 +76,11 @@ def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
     named = dict(module.named_parameters())
     chunks = parameters.split([parameter.numel() for parameter in named.values()])
     return {name: chunk.view_as(named[name]) for name, chunk in zip(named, chunks)}
+
+
+def call(module: nn.Module, parameters: torch.Tensor, *inputs: torch.Tensor):
+    """Call `module` with pieces of the vector `parameters` [P] in place of its own."""
+    return functional_call(module, unflatten(parameters, module), inputs)
 
 
 class FlatAdam(nn.Module):

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, assert_same, scalars
 
 import ppo_continuous as ppo
-from benchmarks import plots, random_returns, results, run, speed, suites
+from benchmarks import memory, plots, random_returns, results, run, speed, suites
 from common.checkpoint import load_checkpoint
 
 COMMITTED = [name for name in suites.SUITES if (results.FOLDER / name).is_dir()]
@@ -331,6 +331,15 @@ def test_speed_is_measured_in_the_steady_state():
     rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
     first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
     assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
+
+
+def test_memory_fills_a_replay_and_then_takes_no_more(capsys):
+    memory.memory("dqn_atari", "pixel_envs:Catch-v0", buffer_size=8000)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["800", "4,000", "8,000", "8,800"]
+    full, later = (float(line[2]) for line in lines[2:])
+    frames = 8000 * 84 * 84 / 2**20  # each kept once
+    assert frames < full < 1.5 * frames and later - full < 0.1 * frames
 
 
 def test_progress_is_read_from_the_log():

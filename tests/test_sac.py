@@ -245,7 +245,7 @@ class Plain:
     """The same by autograd and torch.optim.Adam, on separate networks and torch.distributions."""
 
     def __init__(self, learner: Learner):
-        self.args, agent = learner.args, copy.deepcopy(learner.agent)
+        self.args, agent = learner.args, copy.deepcopy(learner.agent).requires_grad_()
         self.actor, self.critic, self.target = agent.actor, agent.critic, agent.target
         self.log_alpha = nn.Parameter(agent.log_alpha.clone())
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), self.args.q_lr)

@@ -1,0 +1,61 @@
+"""What a replay takes of the machine's memory."""
+
+import importlib
+import resource
+import sys
+import tempfile
+from typing import Literal
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from common import envs
+
+
+def peak_memory(usage: resource.struct_rusage) -> float:
+    """Return the most memory, in MB, that what `usage` tells of ever held."""
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory(
+    script: Positional[Literal["dqn_atari", "sac_continuous"]] = "dqn_atari",
+    env_id: str = "",
+    buffer_size: int = 1_000_000,
+) -> None:
+    """Fill a script's replay with random play, go on for a tenth more, and print the memory taken.
+
+    Args:
+        script: the script.
+        env_id: environment, if not the script's own.
+        buffer_size: transitions that the replay keeps.
+    """
+    module = importlib.import_module(script)
+    args = module.Args(buffer_size=buffer_size, run_dir=tempfile.mkdtemp() + "/run")
+    args.env_id = env_id or args.env_id
+    obs_space, action_space = module.check_args(args)
+    environments = envs.Environments(args)
+    sizes = (np.prod(action_space.shape, dtype=int),) if script == "sac_continuous" else ()
+    before, start = resident(), 0
+    replay = module.Replay(args, obs_space.shape, *sizes, torch.device("cpu"))
+    replay.start(environments.obs)
+    environments.vector_env.action_space.seed(args.seed)
+    for share in (0.1, 0.5, 1.0, 1.1):
+        for _ in range(start, end := int(share * buffer_size) // args.num_envs):
+            action = environments.vector_env.action_space.sample()
+            obs, *outcome, infos = environments.step(action)
+            replay.add(action, *outcome, obs, infos)
+            environments.finished_episodes()
+        start = end
+        taken = resident() - before
+        print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MB", flush=True)
+    environments.close()
+
+
+def resident() -> float:
+    """Return the memory, in MB, that this process holds, or where that is not told, ever held."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        return peak_memory(resource.getrusage(resource.RUSAGE_SELF))
