@@ -34,6 +34,7 @@ def memory(
     args = module.Args(buffer_size=buffer_size, run_dir=tempfile.mkdtemp() + "/run")
     args.env_id = env_id or args.env_id
     obs_space, action_space = module.check_args(args)
+    torch.set_num_threads(1)
     environments = envs.Environments(args)
     sizes = (np.prod(action_space.shape, dtype=int),) if script == "sac_continuous" else ()
     before, start = resident(), 0

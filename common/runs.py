@@ -105,8 +105,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda where networks are large. There "medium" precision speeds up
-    products, as long as they stay exact to 1e-4: not with TF32, nor with bfloat16.
+    `faster` is what auto takes: cuda where networks are large. There, and where layers are 256 wide,
+    "medium" precision speeds up products, if they stay exact to 1e-4: not with TF32 or bfloat16.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
@@ -122,7 +122,8 @@ def setup_torch(args, faster: str) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    torch.set_float32_matmul_precision("medium" if large else "highest")
+    wide = large or max(args.hidden_sizes, default=0) >= 256
+    torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
     return device
