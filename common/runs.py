@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda where networks are large. There, and where layers are 256 wide,
+    `faster` is what auto takes: cuda where networks are large. There, or where layers are 256 wide,
     "medium" precision speeds up products, if they stay exact to 1e-4: not with TF32 or bfloat16.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -130,18 +131,26 @@ def setup_torch(args, faster: str) -> torch.device:
 
 
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
-    """Compile `function` into one graph, unless with --no-compile or where no compiler works."""
+    """Compile `function` into one graph, unless with --no-compile or where no compiler works.
+
+    Calls check their inputs, but not whether what else `function` uses has changed, and reach the
+    kernels from C++: that takes a third off a small update.
+    """
+    options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+    options |= {"cpp_wrapper": device.type == "cpu"}
     if args.compile:
         try:
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(2, device=device))
-            # checking inputs alone, and calling kernels from C++, take a third off a small update
-            options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-            options |= {"cpp_wrapper": device.type == "cpu"}
-            return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+            x = torch.zeros(2, device=device)
+            torch.compile(lambda x: x + 1, fullgraph=True, options=options)(x)
         except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False
             print(f"running eagerly: no compiler (apt install g++ python3-dev): {error!r:.60}")
-    return function
+    if not args.compile:
+        return function
+    # unchecked, what was compiled from the same lines for another run would pass for this one's
+    code, closure = function.__code__.replace(), function.__closure__
+    function = FunctionType(code, function.__globals__, closure=closure)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def describe(returns: list[float], lengths: list[int]) -> str:

@@ -258,3 +258,19 @@ def test_due_is_a_pure_function_of_the_step():
     assert got == [False, True, False, True, True, False]
     assert not due(0, 10**8, 0)
     assert due(0, 640, 576, last_step=640)  # the end of a run always is
+
+
+def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over():
+    """As when a notebook trains twice: the second run has its own arguments and network."""
+
+    def make(factor, network):
+        return lambda x: factor * network(x)
+
+    networks, x, compiled = [torch.nn.Linear(3, 3) for _ in range(2)], torch.ones(2, 3), []
+    with torch.no_grad():
+        for factor, network in zip((2.0, 3.0), networks):
+            function = make(factor, network)
+            options = SimpleNamespace(compile=True), torch.device("cpu")
+            compiled.append((runs.compile_function(function, *options), function))
+        for got, expected in compiled * 2:
+            torch.testing.assert_close(got(x), expected(x))
