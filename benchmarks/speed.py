@@ -19,7 +19,10 @@ from benchmarks import results
 from common import fail
 
 ROOT = Path(__file__).parent.parent
-PEER = "Stable-Baselines3"
+PEERS = {  # module: name, package
+    "stable_baselines3": ("Stable-Baselines3", "stable-baselines3"),
+    "sbx": ("SBX", "sbx-rl"),
+}
 OFF_POLICY = {"learning_starts": 1000, "buffer_size": 10_000}
 ABOUT = ("commit", "versions", "machine", "num_threads", "float32_matmul_precision")
 
@@ -51,10 +54,11 @@ def speed(
     num_steps: int = 0,
     total_timesteps: int = 0,
     threads: int = 1,
+    peer: Literal["stable_baselines3", "sbx"] = "stable_baselines3",
     repeats: int = 3,
     output: Path | None = None,
 ) -> None:
-    """Steps per second of a script and of Stable-Baselines3 with its settings, in turn.
+    """Steps per second of a script and of a peer with its settings, in turn.
 
     The steady state is measured after two rollouts, or a thousand steps after SAC and DQN began to
     learn. Start-up, with compilation, is the time until then, less what those steps of learning
@@ -68,14 +72,16 @@ def speed(
             rollout its size. It has as many minibatches as by default.
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
+        peer: Stable-Baselines3, or SBX, which is the same on JAX (pip install sbx-rl).
         repeats: measurements of each, alternating.
         output: JSON file for the result; by default runs/speed_SCRIPT.json.
     """
     atari = (env_id or WORK[script].env_id).startswith("ALE/")
     work = WORK.get(f"{script}, Atari" if atari else script, WORK[script])
-    beside = importlib.util.find_spec("stable_baselines3") is not None
+    peer_name, package = PEERS[peer]
+    beside = importlib.util.find_spec(peer) is not None
     if not beside:
-        print(f"without {PEER}: pip install 'stable-baselines3[extra]'")
+        print(f"without {peer_name}: pip install {package}")
     measurements = []
     for envs in num_envs or (work.num_envs,):
         setting = {"script": script, "env_id": env_id or work.env_id, "num_envs": envs}
@@ -89,18 +95,19 @@ def speed(
             measured, config = clock_script(setting, threads)
             ours.append(measured)
             if beside:
-                where = {"threads": threads, "device": config["machine"]["device"], "atari": atari}
+                where = {"threads": threads, "device": config["machine"]["device"]}
+                where |= {"atari": atari, "peer": peer}
                 peers.append(clock_peer(setting, where))
             print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
         result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}
-        for name, measured in ((f"{script}.py", ours), (PEER, peers)):
+        for name, measured in ((f"{script}.py", ours), (peer_name, peers)):
             if measured:
                 rates, startups = zip(*measured)
                 result[name] = {"steps_per_second": rates, "startup_seconds": startups}
         result["ratios"] = [a / b for (a, _), (b, _) in zip(ours, peers)]
         measurements.append(result)
     if beside:
-        config["versions"][PEER.lower()] = version(PEER)
+        config["versions"][package] = version(package)
     content = {
         "script": script,
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
@@ -115,8 +122,9 @@ def speed(
 
 def rows(content: dict) -> list[str]:
     """Return the lines of the README's table of what `speed` wrote; growth is from the first on."""
+    name = next((x for x, _ in PEERS.values() if x in content["measurements"][0]), "no peer")
     lines = [
-        f"| {content['script']}.py | here | {PEER} | ratio, pair by pair | start-up | growth |"
+        f"| {content['script']}.py | here | {name} | ratio, pair by pair | start-up | growth |"
     ]
     lines.append("|---" * 6 + "|")
     first = None
@@ -170,7 +178,7 @@ def clock_script(setting: dict, threads: int) -> tuple[tuple[float, float], dict
 def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
     """Run the peer; return what `steady` does."""
     start = time.time()
-    out = _run([str(Path(__file__).with_name("peer_sb3.py")), json.dumps(setting | where)])
+    out = _run([str(Path(__file__).with_name("peer.py")), json.dumps(setting | where)])
     lines = [line.split() for line in out.splitlines() if line[:1].isdigit()]
     return steady([(int(step), float(when)) for step, when in lines], start, setting)
 

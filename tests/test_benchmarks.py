@@ -326,7 +326,13 @@ def test_speed_is_measured_in_the_steady_state():
         speed.steady(times, 10.0, {"num_steps": 5000, "num_envs": 1, "total_timesteps": 5000})
     ours = {"steps_per_second": [900, 1000, 1100], "startup_seconds": [1, 2, 3]}
     theirs = {"steps_per_second": [300, 250, 200], "startup_seconds": [1, 1, 1]}
-    a = {"env_id": "A", "num_envs": 1, "s.py": ours, speed.PEER: theirs, "ratios": [3.0, 4.0, 5.5]}
+    a = {
+        "env_id": "A",
+        "num_envs": 1,
+        "s.py": ours,
+        "Stable-Baselines3": theirs,
+        "ratios": [3.0, 4.0, 5.5],
+    }
     b = {"env_id": "A", "num_envs": 4, "s.py": {"steps_per_second": [2500], "startup_seconds": [2]}}
     rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
     first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"

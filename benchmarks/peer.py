@@ -1,6 +1,11 @@
-"""Stable-Baselines3 with a script's settings, given as JSON; prints `step seconds` as it goes."""
+"""A peer with a script's settings, given as JSON; prints `step seconds` as it goes.
 
+It is Stable-Baselines3, or SBX, which is the same on JAX.
+"""
+
+import importlib
 import json
+import os
 import sys
 import time
 
@@ -10,12 +15,15 @@ SETTING = json.loads(sys.argv[1])
 # minibatches, epochs, learning rate, coefficient of the entropy
 PPO_SETTINGS = {"ppo_continuous": (32, 10, 3e-4, 0.0), "ppo_discrete": (4, 4, 2.5e-4, 0.01)}
 torch.set_num_threads(SETTING["threads"])
+if SETTING["threads"] == 1:  # for JAX
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 import ale_py  # noqa: E402, F401  registers the games
-from stable_baselines3 import DQN, PPO, SAC  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize  # noqa: E402
+
+peer = importlib.import_module(SETTING["peer"])
 
 
 class Clock(BaseCallback):
@@ -48,12 +56,12 @@ def make_model(script: str, env_id: str, num_envs: int, atari: bool, device: str
         common |= {"clip_range": clip, "clip_range_vf": clip}
         if not atari:
             common["policy_kwargs"] = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}
-        return PPO(env=VecNormalize(env) if script == "ppo_continuous" else env, **common)
+        return peer.PPO(env=VecNormalize(env) if script == "ppo_continuous" else env, **common)
     common |= {name: SETTING[name] for name in ("learning_starts", "buffer_size")}
     if script == "sac_continuous":  # an update for every step of an environment
-        return SAC(env=env, train_freq=1, gradient_steps=num_envs, **common)
+        return peer.SAC(env=env, train_freq=1, gradient_steps=num_envs, **common)
     pace = {"train_freq": max(1, 4 // num_envs), "gradient_steps": max(1, num_envs // 4)}
-    return DQN(env=env, target_update_interval=1000, **pace, **common)  # one for every four
+    return peer.DQN(env=env, target_update_interval=1000, **pace, **common)  # one for every four
 
 
 if __name__ == "__main__":
