@@ -111,3 +111,15 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
 def test_help_says_what_every_flag_does(tmp_path, ppo):
     text = run_script(f"{ppo.SCRIPT}.py", "--help", cwd=tmp_path).stdout
     assert "--env-id" in text and ppo.Args.env_id in text and "generalised advantage" in text
+
+
+def test_without_a_compiler_it_says_which_package_to_install_and_runs_eagerly(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    words = "--env-id Pendulum-v1 --total-timesteps 2048 --eval-episodes 1 --run-dir r"
+    done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path)
+    (said,) = [line for line in done.stdout.splitlines() if "apt install g++" in line]
+    assert said.startswith("running eagerly: no compiler") and "eager" in done.stdout
+    assert (tmp_path / "r" / "checkpoint.pt").exists()
