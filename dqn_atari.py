@@ -480,7 +480,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     agent = Agent(weights["obs_shape"].tolist(), action_space, args)
     tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent
+    return agent.requires_grad_()
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     agent = Agent(weights["obs_statistics.mean"].shape, action_space, args)
     tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
     agent.load_state_dict(weights)
-    return agent
+    return agent.requires_grad_()
 
 
 if __name__ == "__main__":

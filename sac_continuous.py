@@ -245,9 +245,9 @@ def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
 
 
 def sample_with_log_prob(policy: tuple, noise: torch.Tensor) -> tuple:
-    """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B].
+    """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B] within (-1, 1).
 
-    It is the one within (-1, 1), as the target entropy's, whatever the environment's bounds are.
+    The target entropy is meant in these units, however wide the environment's bounds are.
     """
     mean, log_std = policy
     u = mean + log_std.exp() * noise
@@ -405,7 +405,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
     agent = Agent(weights["obs_shape"].tolist(), action_space, args)
     tensors.flatten_parameters(agent.actor)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent
+    return agent.requires_grad_()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import importlib
 import resource
 import sys
-import tempfile
 from typing import Literal
 
 import numpy as np
@@ -14,7 +13,7 @@ from common import envs
 
 
 def peak_memory(usage: resource.struct_rusage) -> float:
-    """Return the most memory, in MB, that what `usage` tells of ever held."""
+    """Return the peak resident memory of a process, in MiB, from its resource usage."""
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -31,7 +30,7 @@ def memory(
         buffer_size: transitions that the replay keeps.
     """
     module = importlib.import_module(script)
-    args = module.Args(buffer_size=buffer_size, run_dir=tempfile.mkdtemp() + "/run")
+    args = module.Args(buffer_size=buffer_size)
     args.env_id = env_id or args.env_id
     obs_space, action_space = module.check_args(args)
     torch.set_num_threads(1)
@@ -49,12 +48,12 @@ def memory(
             environments.finished_episodes()
         start = end
         taken = resident() - before
-        print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MB", flush=True)
+        print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MiB", flush=True)
     environments.close()
 
 
 def resident() -> float:
-    """Return the memory, in MB, that this process holds, or where that is not told, ever held."""
+    """Return this process's resident memory in MiB; its peak where there is no /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize() / 2**20

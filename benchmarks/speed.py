@@ -74,7 +74,7 @@ def speed(
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3, or SBX, which is the same on JAX (pip install sbx-rl).
         repeats: measurements of each, alternating.
-        output: JSON file for the result; by default runs/speed_SCRIPT.json.
+        output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
     """
     atari = (env_id or WORK[script].env_id).startswith("ALE/")
     work = WORK.get(f"{script}, Atari" if atari else script, WORK[script])
@@ -114,7 +114,7 @@ def speed(
     }
     content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
     print("\n".join(rows(content)))
-    output = output or Path(f"runs/speed_{script}.json")
+    output = output or Path(f"runs/speed_{script}_{peer}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=2) + "\n")
     print(output)

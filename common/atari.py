@@ -148,7 +148,7 @@ class AtariGame(gym.Env):
         """Step; only the end of the game terminates."""
         steps = [games.step(np.array([action])) for games in self.games]
         drawn, *_, last = steps[-1]
-        self.picture = last.get("final_obs", drawn)[0, 0]  # not of the next game
+        self.picture = (last["final_obs"] if last["over"][0] else drawn)[0, 0]  # not the next game
         obs, (reward,), _, (truncated,), infos = steps[0]
         return obs[0], float(reward), bool(infos["over"][0] and not truncated), bool(truncated), {}
 

@@ -3,10 +3,12 @@
 import argparse
 import ctypes
 import dataclasses
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -106,7 +108,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda where networks are large. There, or where layers are 256 wide,
+    `faster` is what auto takes: cuda where networks are large. There, or with layers of 256 units,
     "medium" precision speeds up products, if they stay exact to 1e-4: not with TF32 or bfloat16.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -131,13 +133,12 @@ def setup_torch(args, faster: str) -> torch.device:
 
 
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
-    """Compile `function` into one graph, unless with --no-compile or where no compiler works.
+    """Compile a plain function into one graph, unless with --no-compile or without a compiler.
 
-    Calls check their inputs, but not whether what else `function` uses has changed, and reach the
-    kernels from C++: that takes a third off a small update.
+    Calls check their inputs, but not whether what else it uses has changed (what changes in a run
+    is to be an input), and reach the kernels from C++: both take a third off a small update.
     """
-    options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    options |= {"cpp_wrapper": device.type == "cpu"}
+    options = {"cpp_wrapper": device.type == "cpu"}
     if args.compile:
         try:
             x = torch.zeros(2, device=device)
@@ -147,9 +148,16 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
             print(f"running eagerly: no compiler (apt install g++ python3-dev): {error!r:.60}")
     if not args.compile:
         return function
-    # unchecked, what was compiled from the same lines for another run would pass for this one's
-    code, closure = function.__code__.replace(), function.__closure__
-    function = FunctionType(code, function.__globals__, closure=closure)
+    inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state
+
+    def of_inputs(guards) -> list[bool]:  # named x or batch[0], say
+        return [re.split(r"\W", guard.name)[0] in inputs for guard in guards]
+
+    # a copy of the code, by which what is compiled is found: with the other checks dropped, a
+    # second run in this process would take the first one's
+    code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
+    function = FunctionType(code, function.__globals__, *rest)
+    options |= {"guard_filter_fn": of_inputs}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

@@ -63,7 +63,7 @@ class ReturnStatistics(RunningStatistics):
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
     """Return a vector [P] with the parameters of `module`, which become views of it.
 
-    It is what gradients are taken of, no more the parameters themselves.
+    Gradients are then taken of it; its parts no longer require any of their own.
     """
     flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
     for name, view in unflatten(flat, module).items():
@@ -95,7 +95,7 @@ class FlatAdam(nn.Module):
         self.register_buffer("exp_avg_sq", torch.zeros_like(parameters))
 
     def step(self, parameters: torch.Tensor, gradient: torch.Tensor, lr: torch.Tensor) -> None:
-        """Step against `gradient` [P], in place; `lr` is a tensor, as a number would recompile."""
+        """Step against `gradient` [P], in place; an `lr` that changes is to be a tensor."""
         self.beta1_power *= 0.9
         self.beta2_power *= 0.999
         self.exp_avg.lerp_(gradient, 1 - 0.9)

@@ -260,17 +260,24 @@ def test_due_is_a_pure_function_of_the_step():
     assert due(0, 640, 576, last_step=640)  # the end of a run always is
 
 
-def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over():
+def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch):
     """As when a notebook trains twice: the second run has its own arguments and network."""
+    compile_, options, compiled = torch.compile, [], []
+
+    def spy(*args, **kwargs):
+        options.append(dict(kwargs["options"]))
+        return compile_(*args, **kwargs)
 
     def make(factor, network):
-        return lambda x: factor * network(x)
+        return lambda x, number: factor * number * network(x)
 
-    networks, x, compiled = [torch.nn.Linear(3, 3) for _ in range(2)], torch.ones(2, 3), []
+    monkeypatch.setattr(torch, "compile", spy)
+    networks, x = [torch.nn.Linear(3, 3) for _ in range(2)], torch.ones(2, 3)
     with torch.no_grad():
         for factor, network in zip((2.0, 3.0), networks):
-            function = make(factor, network)
-            options = SimpleNamespace(compile=True), torch.device("cpu")
-            compiled.append((runs.compile_function(function, *options), function))
-        for got, expected in compiled * 2:
-            torch.testing.assert_close(got(x), expected(x))
+            function, args = make(factor, network), SimpleNamespace(compile=True)
+            compiled.append((runs.compile_function(function, args, torch.device("cpu")), function))
+            assert "guard_filter_fn" in options[-1]  # which is what could confuse them
+        for number in (1.0, 5.0):
+            for got, expected in compiled:
+                torch.testing.assert_close(got(x, number), expected(x, number))
