@@ -323,6 +323,8 @@ def test_evaluation_renders_the_same_game_in_colour():
         pictures.append(picture.copy())
         obs, _, over, *_ = game.step(rng.integers(4))
     assert distinct(pictures) > len(pictures) / 2
+    last = game.render().astype(int)  # of this game, not the next
+    assert np.abs(last - pictures[-1]).mean() < 0.5 * np.abs(last - pictures[0]).mean()
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Breakout-v5"])
