@@ -108,10 +108,11 @@ def speed(
         measurements.append(result)
     if beside:
         config["versions"][package] = version(package)
-    content = {
-        "script": script,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-    }
+    words = ["python", "-m", "benchmarks", *sys.argv[1:]]
+    if "--output" in words:  # which only says where
+        i = words.index("--output")
+        words = words[:i] + words[i + 2 :]
+    content = {"script": script, "command": shlex.join(words)}
     content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
     print("\n".join(rows(content)))
     output = output or Path(f"runs/speed_{script}_{peer}.json")
