@@ -65,6 +65,7 @@ def read_run(run_dir: Path) -> Result:
     boundary = args["total_timesteps"] - args["num_envs"] * args.get("num_steps", 1)
     if evaluations and progress and evaluations[-1].step == progress[-1].step > boundary:
         config["evaluation"] = {"step": progress[-1].step, "return": evaluations[-1].value}
+        config["evaluations"] = [[event.step, event.value] for event in evaluations]
         config["wall_seconds"] = round(seconds[-1], 1)
     config["command"] = command(config)
     args.pop("run_dir", None)

@@ -52,6 +52,17 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     for path in results.FOLDER.glob("tutorial_*/*/*.json"):
         figure = json.loads(path.read_text())["evaluation"]["return"]
         assert f"{figure:,.0f}" in readme
+    solved, evaluated = [], []
+    for seed in range(1, 6):
+        run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
+        recent = np.convolve(run_.returns, np.ones(100) / 100, "valid")
+        solved.append(run_.steps[np.argmax(recent >= 475) + 99])
+        path = results.FOLDER / "cartpole_evaluated" / "CartPole-v1" / f"{seed}.json"
+        evaluations = json.loads(path.read_text())["evaluations"]
+        evaluated.append(next(f"{value:.0f}" for step, value in evaluations if step >= 150_000))
+    assert f"after {round(min(solved), -3):,.0f} to {round(max(solved), -3):,.0f} steps" in readme
+    *others, last = evaluated
+    assert f"return {', '.join(others)} and {last}" in readme
     for path in results.FOLDER.glob("speed_*.json"):
         content = json.loads(path.read_text())
         for measured in content.get("measurements", [content]):
