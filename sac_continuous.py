@@ -108,25 +108,6 @@ class Args:
     """environment steps between logs; checkpoints and evaluations fall on these steps"""
 
 
-class Actor(nn.Module):
-    """Gaussian policy of observations [B, *obs_shape]: mean and log-std, each [B, A]."""
-
-    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-
-    def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
-        super().__init__()
-        sizes = [obs_size, *hidden_sizes]
-        layers = [f for a, b in zip(sizes, sizes[1:]) for f in (nn.Linear(a, b), nn.ReLU())]
-        self.hidden = nn.Sequential(nn.Flatten(), *layers)
-        self.mean, self.log_std = (nn.Linear(sizes[-1], action_size) for _ in range(2))
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-std, which is squashed into its bounds."""
-        x = self.hidden(obs)
-        share = (self.log_std(x).tanh() + 1) / 2
-        return self.mean(x), self.LOG_STD_MIN + (self.LOG_STD_MAX - self.LOG_STD_MIN) * share
-
-
 class TwinLinear(nn.Module):
     """Two linear layers in one batched product, initialised as nn.Linear is."""
 
@@ -137,8 +118,27 @@ class TwinLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(2, 1, out_size).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [2, B, in_size] to [2, B, out_size]."""
-        return torch.baddbmm(self.bias, x, self.weight)
+        """Map [B, in_size], or [2, B, in_size], to [2, B, out_size]."""
+        return x @ self.weight + self.bias
+
+
+def mlp(layer: type, *sizes: int) -> nn.Sequential:
+    """ReLU network with layers of these widths; the last one is linear."""
+    layers = [f for a, b in zip(sizes, sizes[1:]) for f in (layer(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Gaussian policy of observations [B, *obs_shape]: mean and log-std, each [B, A]."""
+
+    def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.layers = mlp(nn.Linear, obs_size, *hidden_sizes, 2 * action_size)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-std, which is squashed into [-5, 2]."""
+        x = self.layers(obs.flatten(1)).unflatten(1, (2, -1))
+        return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
 
 
 class TwinQNetwork(nn.Module):
@@ -146,14 +146,11 @@ class TwinQNetwork(nn.Module):
 
     def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_size + action_size, *hidden_sizes]
-        layers = [f for a, b in zip(sizes, sizes[1:]) for f in (TwinLinear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers, TwinLinear(sizes[-1], 1))
+        self.layers = mlp(TwinLinear, obs_size + action_size, *hidden_sizes, 1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Values [2, B] of observations [B, *obs_shape] and actions [B, A]."""
-        x = torch.cat((obs.flatten(1), action), 1)
-        return self.layers(x.expand(2, *x.shape)).squeeze(-1)
+        """Values of observations [B, *obs_shape] and actions [B, A]."""
+        return self.layers(torch.cat((obs.flatten(1), action), 1)).squeeze(-1)
 
 
 class Agent(nn.Module):

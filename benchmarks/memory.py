@@ -3,13 +3,15 @@
 import importlib
 import resource
 import sys
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from tyro.conf import Positional
 
-from common import envs
+from benchmarks import results
+from common import envs, runs
 
 
 def peak_memory(usage: resource.struct_rusage) -> float:
@@ -21,6 +23,7 @@ def memory(
     script: Positional[Literal["dqn_atari", "sac_continuous"]] = "dqn_atari",
     env_id: str = "",
     buffer_size: int = 1_000_000,
+    output: Path | None = None,
 ) -> None:
     """Fill a script's replay with random play, go on for a tenth more, and print the memory taken.
 
@@ -28,15 +31,18 @@ def memory(
         script: the script.
         env_id: environment, if not the script's own.
         buffer_size: transitions that the replay keeps.
+        output: JSON file for the result; by default runs/memory_SCRIPT.json.
     """
     module = importlib.import_module(script)
     args = module.Args(buffer_size=buffer_size)
     args.env_id = env_id or args.env_id
     obs_space, action_space = module.check_args(args)
     torch.set_num_threads(1)
+    content = {"script": script, "env_id": args.env_id, "buffer_size": buffer_size}
+    content |= runs.provenance(torch.device("cpu")) | {"command": results.own_command()}
     environments = envs.Environments(args)
     sizes = (np.prod(action_space.shape, dtype=int),) if script == "sac_continuous" else ()
-    before, start = resident(), 0
+    before, start, content["mib"] = resident(), 0, {}
     replay = module.Replay(args, obs_space.shape, *sizes, torch.device("cpu"))
     replay.start(environments.obs)
     environments.vector_env.action_space.seed(args.seed)
@@ -48,8 +54,10 @@ def memory(
             environments.finished_episodes()
         start = end
         taken = resident() - before
+        content["mib"][end * args.num_envs] = round(taken)
         print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MiB", flush=True)
     environments.close()
+    results.write_json(content, output or Path(f"runs/memory_{script}.json"))
 
 
 def resident() -> float:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +171,22 @@ def command(config: dict) -> str:
         elif "=" not in word:
             next(words)
     return shlex.join(["python", f"{config['script']}.py", *kept])
+
+
+def own_command() -> str:
+    """Return the command that runs, without --output, which only says where."""
+    words = ["python", "-m", "benchmarks", *sys.argv[1:]]
+    if "--output" in words:
+        i = words.index("--output")
+        words = words[:i] + words[i + 2 :]
+    return shlex.join(words)
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write what was measured, and say where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(path)
 
 
 def last_returns(path: Path, episodes: int = 100) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PEERS = {  # module: name, package
     "stable_baselines3": ("Stable-Baselines3", "stable-baselines3"),
     "sbx": ("SBX", "sbx-rl"),
+    "torchrl": ("TorchRL", "torchrl"),
 }
 OFF_POLICY = {"learning_starts": 1000, "buffer_size": 10_000}
 ABOUT = ("commit", "versions", "machine", "num_threads", "float32_matmul_precision")
@@ -34,10 +36,17 @@ class Work(NamedTuple):
     num_envs: int
     rollout: int
     total_timesteps: int
+    flags: str = ""
 
 
+# of TorchRL's PPO tutorial
+TUTORIAL = (
+    "--hidden-sizes 256 256 256 --squash --lr-schedule cosine --vf-loss huber --no-clip-vloss "
+    "--vf-coef 1 --recompute-advantages --minibatch-size 64 --ent-coef 1e-4 --max-grad-norm 1.0"
+)
 WORK = {
     "ppo_continuous": Work("HalfCheetah-v5", 1, 2048, 65_536),
+    "ppo_continuous, torchrl": Work("InvertedDoublePendulum-v5", 1, 1000, 20_000, TUTORIAL),
     "ppo_discrete": Work("CartPole-v1", 4, 512, 65_536),
     "ppo_discrete, Atari": Work("ALE/Breakout-v5", 8, 1024, 12_288),
     "sac_continuous": Work("HalfCheetah-v5", 1, 0, 6000),
@@ -54,7 +63,7 @@ def speed(
     num_steps: int = 0,
     total_timesteps: int = 0,
     threads: int = 1,
-    peer: Literal["stable_baselines3", "sbx"] = "stable_baselines3",
+    peer: Literal["stable_baselines3", "sbx", "torchrl"] = "stable_baselines3",
     repeats: int = 3,
     output: Path | None = None,
 ) -> None:
@@ -72,12 +81,15 @@ def speed(
             rollout its size. It has as many minibatches as by default.
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
-        peer: Stable-Baselines3, or SBX, which is the same on JAX (pip install sbx-rl).
+        peer: Stable-Baselines3; SBX, which is the same on JAX (pip install sbx-rl); or for
+            ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl).
         repeats: measurements of each, alternating.
         output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
     """
     atari = (env_id or WORK[script].env_id).startswith("ALE/")
-    work = WORK.get(f"{script}, Atari" if atari else script, WORK[script])
+    if peer == "torchrl" and script != "ppo_continuous":
+        fail(f"--peer torchrl: goes with ppo_continuous, not with {script}")
+    work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
     beside = importlib.util.find_spec(peer) is not None
     if not beside:
@@ -92,7 +104,7 @@ def speed(
             setting |= OFF_POLICY
         ours, peers = [], []
         for i in range(repeats):
-            measured, config = clock_script(setting, threads)
+            measured, config = clock_script(setting, threads, work.flags)
             ours.append(measured)
             if beside:
                 where = {"threads": threads, "device": config["machine"]["device"]}
@@ -108,17 +120,10 @@ def speed(
         measurements.append(result)
     if beside:
         config["versions"][package] = version(package)
-    words = ["python", "-m", "benchmarks", *sys.argv[1:]]
-    if "--output" in words:  # which only says where
-        i = words.index("--output")
-        words = words[:i] + words[i + 2 :]
-    content = {"script": script, "command": shlex.join(words)}
+    content = {"script": script, "command": results.own_command()}
     content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
     print("\n".join(rows(content)))
-    output = output or Path(f"runs/speed_{script}_{peer}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=2) + "\n")
-    print(output)
+    results.write_json(content, output or Path(f"runs/speed_{script}_{peer}.json"))
 
 
 def rows(content: dict) -> list[str]:
@@ -160,12 +165,12 @@ def steady(times: list[tuple[int, float]], start: float, setting: dict) -> tuple
     return rate, begin - start - (first - learning_starts) / rate
 
 
-def clock_script(setting: dict, threads: int) -> tuple[tuple[float, float], dict]:
+def clock_script(setting: dict, threads: int, flags: str) -> tuple[tuple[float, float], dict]:
     """Run a script; return what `steady` does, and the run's config."""
     words = [str(ROOT / f"{setting['script']}.py"), "--num-threads", str(threads)]
     for name, value in list(setting.items())[1:]:
         words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--log-every", "500"] * ("learning_starts" in setting)
+    words += shlex.split(flags) + ["--log-every", "500"] * ("learning_starts" in setting)
     words += ["--eval-episodes", "1", "--checkpoint-every", "0"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
@@ -179,8 +184,9 @@ def clock_script(setting: dict, threads: int) -> tuple[tuple[float, float], dict
 def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
     """Run the peer; return what `steady` does."""
     start = time.time()
-    out = _run([str(Path(__file__).with_name("peer.py")), json.dumps(setting | where)])
-    lines = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    program = "peer_torchrl.py" if where["peer"] == "torchrl" else "peer.py"
+    out = _run([str(Path(__file__).with_name(program)), json.dumps(setting | where)])
+    lines = re.findall(r"^(\d+) ([\d.]+)$", out, re.MULTILINE)
     return steady([(int(step), float(when)) for step, when in lines], start, setting)
 
 

@@ -173,6 +173,25 @@ def evaluate(agent: torch.nn.Module, args) -> None:
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
+def provenance(device: torch.device) -> dict:
+    """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    try:
+        commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
+    versions = {name: version(name) for name in packages}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit or None,
+        "versions": {"python": platform.python_version()} | versions,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)},
+        "num_threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
 class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
@@ -197,7 +216,7 @@ class Run:
             fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
-        config = self._config(device)
+        config = {"script": script, "args": vars(args)} | provenance(device)
         try:
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
         except OSError as error:
@@ -223,28 +242,6 @@ class Run:
         sys.stdout.flush()
         if checkpoint is None:
             self.save(0)
-
-    def _config(self, device: torch.device) -> dict:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
-        try:
-            commit = subprocess.run(
-                [*git, "--dirty"], capture_output=True, text=True
-            ).stdout.strip()
-        except OSError:  # no git
-            commit = ""
-        packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
-        versions = {name: version(name) for name in packages}
-        machine = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
-        return {
-            "script": self.script,
-            "args": vars(self.args),
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": commit or None,
-            "versions": {"python": platform.python_version()} | versions,
-            "machine": machine,
-            "num_threads": torch.get_num_threads(),
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        }
 
     def __enter__(self) -> "Run":
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -115,6 +115,7 @@ OPERATIONS = {
     "exp": "np.exp({0})",
     "mul": "{0} * {1}",
     "relu": "np.maximum({0}, 0)",
+    "select": "{0}.take({2}, {1})",
     "sub": "{0} - {1}",
     "t": "{0}.T",
     "take": "{0}.take({1})",

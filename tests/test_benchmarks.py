@@ -350,9 +350,11 @@ def test_speed_is_measured_in_the_steady_state():
     assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
 
 
-def test_memory_fills_a_replay_and_then_takes_no_more(capsys):
-    memory.memory("dqn_atari", "pixel_envs:Catch-v0", buffer_size=8000)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
+    memory.memory("dqn_atari", "pixel_envs:Catch-v0", 8000, tmp_path / "memory.json")
+    *lines, written = [line.split() for line in capsys.readouterr().out.splitlines()]
+    content = json.loads(Path(*written).read_text())
+    assert [f"{x:,}" for x in content["mib"].values()] == [line[2] for line in lines]
     assert [line[0] for line in lines] == ["800", "4,000", "8,000", "8,800"]
     full, later = (float(line[2]) for line in lines[2:])
     frames = 8000 * 84 * 84 / 2**20  # each kept once

@@ -120,9 +120,10 @@ def test_acting_equals_the_policy_in_training_and_deterministically_its_mean():
     obs, noise = 3 * torch.randn(200, 4), torch.randn(200, 3)
     mean, log_std = agent.actor(obs)
     assert log_std.min() >= -5 and log_std.max() <= 2 and log_std.max() - log_std.min() > 5
-    x = agent.actor.hidden(obs)
-    expected = -1.5 + 3.5 * (2 * torch.sigmoid(2 * agent.actor.log_std(x)) - 1)
+    output = agent.actor.layers(obs)
+    expected = -1.5 + 3.5 * (2 * torch.sigmoid(2 * output[:, 3:]) - 1)
     torch.testing.assert_close(log_std, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(mean, output[:, :3])
     action, _ = sac.sample_with_log_prob((mean, log_std), noise)
     act = to_numpy(agent.sample, obs, noise)
     assert act.__name__ == "traced"
