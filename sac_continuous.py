@@ -128,29 +128,18 @@ def mlp(layer: type, *sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Actor(nn.Module):
-    """Gaussian policy of observations [B, *obs_shape]: mean and log-std, each [B, A]."""
-
-    def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
-        super().__init__()
-        self.layers = mlp(nn.Linear, obs_size, *hidden_sizes, 2 * action_size)
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-std, which is squashed into [-5, 2]."""
-        x = self.layers(obs.flatten(1)).unflatten(1, (2, -1))
-        return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
+def gaussian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-std [B, A] of the actor's outputs [B, 2A]; log-std is squashed into [-5, 2]."""
+    x = x.unflatten(1, (2, -1))
+    return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
 
 
-class TwinQNetwork(nn.Module):
-    """Two Q-networks of observations and actions in [-1, 1]: values [2, B]."""
-
-    def __init__(self, obs_size: int, action_size: int, hidden_sizes: tuple[int, ...]):
-        super().__init__()
-        self.layers = mlp(TwinLinear, obs_size + action_size, *hidden_sizes, 1)
+class TwinQNetwork(nn.Sequential):
+    """Two Q-networks, of TwinLinear layers."""
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Values of observations [B, *obs_shape] and actions [B, A]."""
-        return self.layers(torch.cat((obs.flatten(1), action), 1)).squeeze(-1)
+        """Values [2, B] of observations [B, *obs_shape] and actions [B, A] in [-1, 1]."""
+        return super().forward(torch.cat((obs.flatten(1), action), 1)).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -159,8 +148,8 @@ class Agent(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
-        self.actor = Actor(obs_size, action_size, args.hidden_sizes)
-        self.critic = TwinQNetwork(obs_size, action_size, args.hidden_sizes)
+        self.actor = mlp(nn.Linear, obs_size, *args.hidden_sizes, 2 * action_size)
+        self.critic = TwinQNetwork(*mlp(TwinLinear, obs_size + action_size, *args.hidden_sizes, 1))
         self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
         self.register_buffer("log_alpha", torch.tensor([log_alpha]))
@@ -170,7 +159,7 @@ class Agent(nn.Module):
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
-        mean, log_std = self.actor(obs)
+        mean, log_std = gaussian(self.actor(obs.flatten(1)))
         action = torch.addcmul(mean, log_std.exp(), noise).tanh()
         return action, self.env_action(action)
 
@@ -260,11 +249,6 @@ def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -
     return reward + gamma * (1 - termination) * (next_q.min(0).values - alpha * next_log_prob)
 
 
-def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared errors of both Q-networks [2, B], summed over the two (equation 5, twice)."""
-    return (q - target).square().mean(1).sum()
-
-
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Equation 7: a random action's value, by the smaller of both [2, B], and its surprise."""
     return (alpha * log_prob - q.min(0).values).mean()
@@ -283,14 +267,14 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
     def update_critic(critic, target, actor, log_alpha, rows, indices, noise):
         obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
-        policy, alpha = tensors.call(agent.actor, actor, next_obs), log_alpha.exp()
+        policy, alpha = gaussian(tensors.call(agent.actor, actor, next_obs)), log_alpha.exp()
         next_action, log_prob = sample_with_log_prob(policy, noise)
         next_q = tensors.call(agent.critic, target, next_obs, next_action)
         y = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
         def loss(critic):
             q = tensors.call(agent.critic, critic, obs, action)
-            return critic_loss(q, y), q
+            return (q - y).square().mean(1).sum(), q  # equation 5, for both Q-networks
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
@@ -300,7 +284,8 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
         obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
 
         def loss(actor):
-            action, log_prob = sample_with_log_prob(tensors.call(agent.actor, actor, obs), noise)
+            policy = gaussian(tensors.call(agent.actor, actor, obs))
+            action, log_prob = sample_with_log_prob(policy, noise)
             q = tensors.call(agent.critic, critic, obs, action)
             return actor_loss(q, log_prob, alpha), log_prob
 
