@@ -63,6 +63,9 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     assert f"after {round(min(solved), -3):,.0f} to {round(max(solved), -3):,.0f} steps" in readme
     *others, last = evaluated
     assert f"return {', '.join(others)} and {last}" in readme
+    measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())["mib"]
+    *_, full, later = measured.values()
+    assert f"{full:,} MiB of memory, and\n{later:,} after" in readme
     for path in results.FOLDER.glob("speed_*.json"):
         content = json.loads(path.read_text())
         for measured in content.get("measurements", [content]):

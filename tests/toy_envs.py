@@ -28,7 +28,7 @@ class Counter(gym.Env):
         over = self.t == self.last
         terminated, truncated = over and self.end != "truncated", over and self.end != "terminated"
         self.obs[:] = 2 if over else self.t
-        return self.obs, float(self.t > 2), terminated, truncated, {}
+        return self.obs, float(self.t > 2), terminated, truncated, {"t": self.t}
 
 
 class Shaped(gym.Env):
