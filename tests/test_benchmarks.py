@@ -42,9 +42,10 @@ run.run("tiny", workers=2)
 
 
 @pytest.mark.parametrize("suite", COMMITTED)
-def test_the_readmes_tables_are_those_that_the_results_give(suite):
+def test_the_readmes_tables_and_commands_are_those_that_the_results_give(suite):
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(results.rows(suite)) in readme
+    assert "\n".join(results.commands(suite)) in readme
 
 
 def test_the_readmes_other_figures_are_those_of_the_committed_files():
