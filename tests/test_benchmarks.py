@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, assert_same, scalars
 
 import ppo_continuous as ppo
@@ -352,6 +353,17 @@ def test_speed_is_measured_in_the_steady_state():
     rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
     first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
     assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
+
+
+def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutorial(capsys):
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"python ppo_continuous.py --env-id InvertedDouble[^`]*", readme)[0]
+    assert set(speed.TUTORIAL.split()) <= set(command.split())
+    args = tyro.cli(ppo.Args, args=speed.TUTORIAL.split())
+    assert args.hidden_sizes == (256, 256, 256) and args.squash and args.recompute_advantages
+    with pytest.raises(SystemExit):
+        speed.speed("sac_continuous", peer="torchrl")
+    assert "--peer torchrl" in capsys.readouterr().err
 
 
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
