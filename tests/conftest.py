@@ -157,6 +157,20 @@ def assert_same_runs(a, b, *also: str) -> None:
     assert_same(scalars(a), scalars(b))
 
 
+def assert_killed_ends_as_whole(script: str, options: dict, most: int, cwd: Path, run=run_script):
+    """Kill a run at up to `most` random moments, resume it, and compare with one never stopped."""
+    run(script, *flags(**options | {"run_dir": "whole"}), cwd=cwd)
+    words = flags(**options | {"run_dir": "killed"})
+    checkpoint, kills = cwd / "killed" / "checkpoint.pt", 0
+    while kills < most and kill_after_checkpoint(script, words, checkpoint, cwd):
+        kills, words = kills + 1, ["--resume", "killed"]
+    assert kills > 0
+    run(script, "--resume", "killed", cwd=cwd)
+    whole = load_checkpoint(cwd / "whole" / "checkpoint.pt")
+    assert whole["global_step"] == options["total_timesteps"]
+    assert_same_runs(cwd / "whole", cwd / "killed", "best.pt")
+
+
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     """Tests write where they may."""

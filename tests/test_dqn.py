@@ -14,10 +14,9 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import (
+    assert_killed_ends_as_whole,
     assert_same,
-    assert_same_runs,
     flags,
-    kill_after_checkpoint,
     run_script,
     scalars,
 )
@@ -687,15 +686,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
     options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 2400, "seed": 3}
-    script, words = "dqn_atari.py", flags(**options | {"run_dir": "killed"})
-    run_script(script, *flags(**options | {"run_dir": "whole"}), cwd=tmp_path)
-    for _ in range(2):
-        checkpoint = tmp_path / "killed" / "checkpoint.pt"
-        assert kill_after_checkpoint(script, words, checkpoint, tmp_path)
-        words = ["--resume", "killed"]
-    run_script(script, *words, cwd=tmp_path)
-    assert load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["global_step"] == 2400
-    assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
+    assert_killed_ends_as_whole("dqn_atari.py", options, 2, tmp_path)
 
 
 def test_saving_and_evaluating_do_not_change_training():

@@ -7,7 +7,14 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, assert_same_runs, command, flags, kill_after_checkpoint
+from conftest import (
+    ROOT,
+    assert_killed_ends_as_whole,
+    assert_same,
+    assert_same_runs,
+    command,
+    flags,
+)
 
 from common import envs
 from common.checkpoint import load_checkpoint
@@ -45,18 +52,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(
         "norm_obs": True,
         "norm_reward": True,
     }
-    run(script, *flags(**arguments, run_dir="whole"), cwd=tmp_path)
-    checkpoint, kills = tmp_path / "killed" / "checkpoint.pt", 0
-    words = flags(**arguments, run_dir="killed")
-    while kills < 3 and kill_after_checkpoint(script, words, checkpoint, cwd=tmp_path):
-        kills += 1
-        words = ["--resume", "killed"]
-    assert kills > 0
-    run(script, "--resume", "killed", cwd=tmp_path)
-    assert (
-        load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["global_step"] == 64 * num_envs * 60
-    )
-    assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
+    assert_killed_ends_as_whole(script, arguments, 3, tmp_path, run)
 
 
 def test_killed_while_writing_a_checkpoint(run, tmp_path):

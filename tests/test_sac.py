@@ -14,10 +14,8 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import (
+    assert_killed_ends_as_whole,
     assert_same,
-    assert_same_runs,
-    flags,
-    kill_after_checkpoint,
     run_script,
     scalars,
 )
@@ -554,15 +552,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, num_envs, compile
     options = SHORT | {"num_envs": num_envs, "compile": compiled, "buffer_size": 500, "seed": 3}
     options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1800}
     options |= {"env_id": "Pendulum-v1"}
-    script, words = "sac_continuous.py", flags(**options | {"run_dir": "killed"})
-    run_script(script, *flags(**options | {"run_dir": "whole"}), cwd=tmp_path)
-    for _ in range(2):
-        checkpoint = tmp_path / "killed" / "checkpoint.pt"
-        assert kill_after_checkpoint(script, words, checkpoint, tmp_path)
-        words = ["--resume", "killed"]
-    run_script(script, *words, cwd=tmp_path)
-    assert load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["global_step"] == 1800
-    assert_same_runs(tmp_path / "whole", tmp_path / "killed", "best.pt")
+    assert_killed_ends_as_whole("sac_continuous.py", options, 2, tmp_path)
 
 
 def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, capsys):
