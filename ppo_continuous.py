@@ -229,14 +229,12 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)  # detail 8
     policy_loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
-
     error = F.huber_loss if args.vf_loss == "huber" else F.mse_loss
     value_error = error(value, target, reduction="none")
     if args.clip_vloss:  # detail 9: the larger of the two errors
         clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.maximum(value_error, error(clipped_value, target, reduction="none"))
     value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)
-
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
     kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # joschu.net/blog/kl-approx.html
     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
@@ -247,8 +245,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    One graph, once compiled, of forward pass, gradient, clipping and Adam; the network is `agent`,
-    called with pieces of the vector `parameters` as its weights.
+    It is one graph, once compiled, that calls `agent` with pieces of `parameters` as weights.
     """
 
     def loss(parameters, obs, actions, *rest):
@@ -287,6 +284,15 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
     return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 
 
+def update_statistics(agent: Agent, rollout: Rollout, args: Args) -> None:
+    """Take a rollout into the statistics of observations and of discounted returns."""
+    if args.norm_obs:
+        agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
+    if args.norm_reward:
+        ends = rollout.terminations | rollout.truncations
+        agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
+
+
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
@@ -312,9 +318,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parameters = tensors.flatten_parameters(agent)
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
-    environments = envs.Environments(args)
+    environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
     rollout = Rollout(args, obs_space, action_space, device)
-    batch_size = args.num_envs * args.num_steps
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
@@ -336,11 +341,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 rollout.truncations[t] = truncated
                 for n in np.flatnonzero(truncated):
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
-            ends = rollout.terminations | rollout.truncations
             run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
-
+            if start_step == 0:  # the initial policy hardly depends on what it sees (gain 0.01)
+                update_statistics(agent, rollout, args)
             # update, with the very statistics that the rollout was collected with
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
@@ -362,12 +367,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
-
-            # only now do the statistics take the rollout in
-            if args.norm_obs:
-                agent.obs_statistics.update(obs)
-            if args.norm_reward:
-                agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
+            if start_step > 0:  # only now do the statistics take the rollout in
+                update_statistics(agent, rollout, args)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):

@@ -54,6 +54,9 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     for path in results.FOLDER.glob("tutorial_*/*/*.json"):
         figure = json.loads(path.read_text())["evaluation"]["return"]
         assert f"{figure:,.0f}" in readme
+    (found,) = results.read_folder(results.FOLDER / "humanoid_v4").values()
+    humanoid = np.mean([result.last().mean() for result in found])
+    assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
     solved, evaluated = [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
