@@ -346,7 +346,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             run.episodes(environments.finished_episodes())
             if start_step == 0:  # the initial policy hardly depends on what it sees (gain 0.01)
                 update_statistics(agent, rollout, args)
-            # update, with the very statistics that the rollout was collected with
+            # update, with the statistics that it was collected with, or the first one with its own
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
