@@ -77,7 +77,7 @@ class Args:
     num_envs: int = 8
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in a process of its own"""
+    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
     learning_rate: float = 1e-4
     """Adam's learning rate"""
     buffer_size: int = 1_000_000
@@ -95,7 +95,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save the replay too; without it a resumed run first fills a new one"""
+    """save the replay too; without it a resumed run is not exact, and first fills a new one"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
@@ -119,7 +119,7 @@ class Args:
     prioritized: bool = False
     """draw transitions in proportion to a power of their last error"""
     priority_alpha: float = 0.6
-    """that power"""
+    """that power of the error in --prioritized; with 0 all are drawn alike"""
     priority_beta: float = 0.4
     """exponent of the importance weights at the start; it grows to 1 in the end"""
     log_every: int = 1000
@@ -139,16 +139,21 @@ class QNetwork(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
         super().__init__()
-        self.cnn = nature_cnn(obs_shape)
-        self.advantage = nn.Linear(512, action_size)  # or, by itself, the value of each action
-        self.state_value = nn.Linear(512, 1) if args.dueling else None
+        *convolutions, linear, relu = nature_cnn(obs_shape)
+        self.cnn = nn.Sequential(*convolutions)
+        self.advantage = nn.Sequential(linear, relu, nn.Linear(512, action_size))
+        self.state_value = None
+        if args.dueling:
+            linear = nn.Linear(linear.in_features, 512)
+            self.state_value = nn.Sequential(linear, nn.ReLU(), nn.Linear(512, 1))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """Values of all actions; with --dueling by equation 9, whose advantages have mean 0."""
         x = self.cnn(obs / 255)
-        advantage = self.advantage(x)
         if self.state_value is None:
-            return advantage
+            return self.advantage(x)
+        x = x.detach().lerp(x, math.sqrt(0.5))  # two gradients meet here (section 4.2)
+        advantage = self.advantage(x)
         return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
 
 
@@ -213,7 +218,7 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # an episode has more frames than steps: beyond 2% more, they push out old transitions
+        # a truncated episode has a frame more than steps: beyond 2%, they push out transitions
         self.capacity = math.ceil(1.02 * args.buffer_size) + 8 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -245,7 +250,8 @@ class Replay:
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
         """Add a transition of every environment; `obs` are the next observations."""
-        reward = np.sign(reward) if self.args.clip_reward else reward
+        clip = self.args.clip_reward & np.isfinite(reward)  # what is not is to be noticed
+        reward = np.where(clip, np.sign(reward), reward)
         shown = self._keep(obs[:, -1])
         next_frames = shown.copy()
         if truncated.any():  # to a last frame that `obs` does not show anymore
@@ -316,7 +322,8 @@ class Replay:
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
         """Set priorities (|error| + 1e-6) ** alpha (equation 1, proportional)."""
-        priorities = (td_error.abs().double() + 1e-6) ** self.args.priority_alpha
+        error = td_error.abs().double().nan_to_num(0, 0)  # a run gone wrong is told elsewhere
+        priorities = (error + 1e-6) ** self.args.priority_alpha
         self.max_priority = torch.maximum(self.max_priority, priorities.max())
         self.tree.update(indices, priorities)
 
@@ -326,12 +333,11 @@ class Replay:
         return self.rewards[rows % len(self.rewards)]
 
     def state_dict(self) -> dict:
-        """Return what is filled."""
+        """Return what is filled, through NumPy: not copied, and saved without the rest."""
         rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
-        arrays = ("stacks", "actions", "rewards", "ends")
-        state = {name: getattr(self, name)[:rows].clone() for name in arrays}
-        kept = self.frames[: frames + 1]
-        state["frames"] = kept.clone() if len(kept) < len(self.frames) else kept
+        filled = dict.fromkeys(("stacks", "actions", "rewards", "ends"), rows)
+        filled["frames"] = frames + 1
+        state = {k: torch.from_numpy(getattr(self, k)[:n].cpu().numpy()) for k, n in filled.items()}
         state["needs"] = torch.from_numpy(self.needs.copy())
         state["shown"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
         state |= {"leaves": self.tree.leaves, "sums": self.tree.sums}
@@ -403,7 +409,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
     fits = args.n_step <= min(args.buffer_size // 2, args.learning_starts) // args.num_envs
-    runs.require(fits, args, "n_step", "fit into the replay twice, and before --learning-starts")
+    runs.require(fits, args, "n_step", "fit into --buffer-size twice, and once before learning")
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 

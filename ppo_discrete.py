@@ -82,7 +82,7 @@ class Args:
     num_envs: int = 4
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in a process of its own"""
+    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
     num_steps: int = 128
     """steps of each environment in a rollout"""
     anneal_lr: bool = True

@@ -75,7 +75,7 @@ class Args:
     num_envs: int = 1
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in a process of its own"""
+    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
     policy_lr: float = 3e-4
     """learning rate of the policy"""
     q_lr: float = 1e-3
@@ -93,7 +93,7 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """save the replay too; without it a resumed run first fills a new one"""
+    """save the replay too; without it a resumed run is not exact, and first fills a new one"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
@@ -188,11 +188,11 @@ class Replay:
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, *obs_shape]."""
-        self.shown = obs.reshape(len(obs), -1).astype(np.float32)
+        self.shown = torch.from_numpy(obs.reshape(len(obs), -1).astype(np.float32))
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
         """Add a transition of every environment; `obs` are the next observations."""
-        before, next_obs = self.shown, obs.copy()
+        before, next_obs = self.shown.numpy(), obs.copy()
         self.start(obs)
         for n in np.flatnonzero(terminated | truncated):  # the last one, which `obs` has no more
             next_obs[n] = infos["final_obs"][n]
@@ -214,15 +214,14 @@ class Replay:
         return self.rows[rows, -self.columns[-1] - 2 :]
 
     def state_dict(self) -> dict:
-        """Return what is filled."""
-        obs = None if self.shown is None else torch.from_numpy(self.shown)
-        return {"num_rows": self.num_rows, "rows": self.rows[: self.num_rows].clone(), "obs": obs}
+        """Return what is filled, through NumPy: not copied, and saved without the rest."""
+        rows = torch.from_numpy(self.rows[: self.num_rows].cpu().numpy())
+        return {"num_rows": self.num_rows, "rows": rows, "obs": self.shown}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what state_dict returned."""
-        self.num_rows = state["num_rows"]
+        self.num_rows, self.shown = state["num_rows"], state["obs"]
         self.rows[: self.num_rows] = state["rows"]
-        self.shown = None if state["obs"] is None else state["obs"].numpy()
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:

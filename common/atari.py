@@ -37,6 +37,8 @@ class AtariGames(VectorEnv):
     def __init__(self, game: str, num_envs: int, seed: int, sticky_actions: float, **options):
         from ale_py.vector_env import AtariVectorEnv
 
+        options = {"noop_max": 30, "max_num_frames_per_episode": 108_000, "stack_num": 4} | options
+        options |= {"frameskip": 4, "maxpool": True, "use_fire_reset": True}
         options |= {"autoreset_mode": AutoresetMode.SAME_STEP, "life_loss_info": True}
         options |= {"repeat_action_probability": sticky_actions, "reward_clipping": False}
         self.games = games = AtariVectorEnv(game, num_envs, **options)

@@ -31,6 +31,7 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
     if len(env.observation_space.shape or ()) == 2 and env.observation_space.dtype == np.uint8:
+        env = gym.wrappers.TransformObservation(env, np.copy, None)  # it may reuse its buffer
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
     return env
 

@@ -64,6 +64,10 @@ def check_ranges(args) -> None:
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and Path(args.run_dir).exists():
         fail(f"--run-dir {args.run_dir}: it exists already; --resume {args.run_dir} continues it")
+    folder = Path(args.run_dir or "runs/new").absolute()
+    above = next(path for path in folder.parents if os.path.exists(path))
+    if new and not os.access(above, os.W_OK | os.X_OK):
+        fail(f"--run-dir {folder}: nothing can be written into {above}")
     if args.track:
         try:
             import wandb  # noqa: F401
@@ -215,7 +219,7 @@ class Run:
         if checkpoint and checkpoint["device"] != self.device:
             fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
         for name, part in parts.items() if checkpoint else ():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint.pop(name))  # a replay is not to stay in memory twice
         config = {"script": script, "args": vars(args)} | provenance(device)
         try:
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)

@@ -37,16 +37,20 @@ class Catch(gym.Env):
 
 
 class Clock(gym.Env):
-    """Pixels that say episode and time; rewards of all signs; ends either way, now and then both."""
+    """Pixels that say episode and time, in one array forever; rewards of all signs; ends either way,
+    now and then both.
+    """
 
     observation_space = gym.spaces.Box(0, 255, (36, 36), np.uint8)
     action_space = gym.spaces.Discrete(2)
     episode = 0
 
+    def __init__(self):
+        self.frame = np.zeros((36, 36), np.uint8)
+
     def _obs(self):
-        frame = np.full((36, 36), 1 + self.episode % 255, np.uint8)
-        frame[:18] = self.t
-        return frame
+        self.frame[18:], self.frame[:18] = 1 + self.episode % 255, self.t
+        return self.frame
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import ale_py.vector_env
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -100,6 +101,52 @@ def test_both_spellings_play_the_same():
         seen.append([environments.obs, *([*step[:4], step[4]["over"]] for step in steps)])
     assert_same(*seen)
     assert distinct(seen[0][0]) == 3  # each its own no-ops
+
+
+@pytest.mark.parametrize("game", ["breakout", "space_invaders"])
+def test_games_equal_a_bare_emulator_under_the_protocol(game):
+    """FIRE and up to 30 no-ops, four frames a step, the brighter of the last two, FIRE after a lost
+    life in Breakout; whole pictures, not made smaller.
+    """
+    pictures = {"img_height": 210, "img_width": 160, "stack_num": 1}
+    games, obs, _ = begin(16, game, **pictures)
+    starts, actions = games.frames.tolist(), random_actions(games, 120)
+    assert 1 <= min(starts) < 5 and 25 < max(starts) <= 31
+    steps = play(games, actions)
+    for n in range(4):
+        ale, lost = ale_py.ALEInterface(), 0
+        ale.setFloat("repeat_action_probability", 0.0)
+        ale.loadROM(ale_py.roms.get_rom_path(game))
+        ale.reset_game()
+        moves = ale.getMinimalActionSet()
+        for action in [moves[FIRE]] + [moves[NOOP]] * (starts[n] - 1):
+            ale.act(action)
+        assert np.array_equal(ale.getScreenGrayscale(), obs[n, 0])
+        press_fire = False
+        for action, (picture, reward, *_) in zip(actions, steps):
+            score, screens, lives = 0, [], ale.lives()
+            for _ in range(4):
+                score += ale.act(moves[FIRE if press_fire else action[n]])
+                screens.append(ale.getScreenGrayscale())
+            assert score == reward[n]
+            if ale.game_over():  # the picture is of the next game
+                break
+            assert np.array_equal(np.maximum(*screens[2:]), picture[n, 0])
+            press_fire = ale.lives() < lives
+            lost += press_fire
+    assert lost > 0 or game != "breakout"
+
+
+def test_games_end_after_108000_frames(monkeypatch):
+    made, make = [], ale_py.vector_env.AtariVectorEnv
+
+    def spy(*args, **options):
+        made.append(options["max_num_frames_per_episode"])
+        return make(*args, **options)
+
+    monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", spy)
+    begin()
+    assert made == [108_000]
 
 
 def test_observations_are_newly_made():

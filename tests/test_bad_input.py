@@ -41,6 +41,7 @@ CASES = {
     "--resume a --evaluate b": "exclude each other",
     "--resume nowhere --gamma 0.5": "--gamma",
     "--run-dir taken": "exists already",
+    f"--run-dir {__file__}/run": "nothing can be written into",
     "--track": "pip install wandb",
     "--capture-video": "pip install",
 }

@@ -437,14 +437,36 @@ def test_dueling_networks_tell_values_from_advantages():
     network, obs = make_agent(dueling=True).critic, random_batch(20)[0][0]
     q = network(obs)
     torch.testing.assert_close(q.mean(1, keepdim=True), network.state_value(network.cnn(obs / 255)))
-    network.advantage.bias += 3.0
+    network.advantage[-1].bias += 3.0
     torch.testing.assert_close(network(obs), q, rtol=1e-4, atol=1e-5)
-    network.advantage.bias += torch.tensor([0.0, 3.0, 0.0])
+    network.advantage[-1].bias += torch.tensor([0.0, 3.0, 0.0])
     torch.testing.assert_close(network(obs) - q, torch.tensor([[-1.0, 2, -1]]).expand(20, 3))
-    network.state_value.bias += 2.0
+    network.state_value[-1].bias += 2.0
     torch.testing.assert_close(network(obs) - q, torch.tensor([[1.0, 4, 1]]).expand(20, 3))
-    shapes = [tuple(x.weight.shape) for x in network.cnn if hasattr(x, "weight")]
-    assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 64)]
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_layers_are_those_of_the_papers(dueling):
+    """Each stream of a dueling network has a hidden layer of its own; their gradients meet where
+    the convolutions end, and are scaled down there by the root of two.
+    """
+    network, obs = make_agent(dueling=dueling).critic, random_batch(20)[0][0]
+    shapes = [tuple(x.shape) for x in network.parameters() if x.ndim > 1]
+    stream = [(512, 64), (3, 512), (512, 64), (1, 512)]
+    convolutions = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
+    assert shapes == convolutions + (stream if dueling else stream[:2])
+    network(obs).square().sum().backward()
+    got = [x.grad for x in network.parameters()]
+    plain = copy.deepcopy(network)
+    plain.zero_grad()
+    x = plain.cnn(obs / 255)
+    q = plain.advantage(x)
+    if dueling:
+        q = plain.state_value(x) + q - q.mean(1, keepdim=True)
+    q.square().sum().backward()
+    for i, (gradient, parameter) in enumerate(zip(got, plain.parameters(), strict=True)):
+        expected = parameter.grad / (math.sqrt(2) if dueling and i < 6 else 1)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -681,7 +703,7 @@ def test_learns_to_catch(env_id, options):
     assert {"losses/td_loss", "losses/q_values", "charts/epsilon"} <= logged.keys()
 
 
-@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [{}, ALL | {"compile": True}], ids=["plain", "all"])
 def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
@@ -710,26 +732,79 @@ def test_atari_trains_resumes_and_evaluates(tmp_path, capsys):
     out = run_script("dqn_atari.py", *words, cwd=tmp_path).stdout
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 400
     (line,) = re.findall("^evaluation of 2 episodes.*$", out, re.M)
-    assert "do" in out and "new episodes" not in out
+    assert "done: r" in out and "new episodes" not in out
     assert run_script("dqn_atari.py", "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent = dqn.load_agent(tmp_path / "r")
     assert int(agent.act(np.zeros((4, 84, 84), np.uint8))) in range(4)
 
 
-def test_nan_reward_stops_the_run_and_leaves_the_last_good_checkpoint(monkeypatch, capsys):
+def test_evaluation_acts_at_random_as_often_as_it_says(monkeypatch):
+    greedy, played = [], []
+    env = envs.make_env(dqn.Args(env_id="pixel_envs:SmallCatch-v0"))
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda action: (played.append(int(action)), step(action))[1])
+    monkeypatch.setattr(envs, "make_env", lambda *_: env)
+
+    def act(obs):
+        greedy.append(len(played))
+        return np.int64(1)
+
+    for epsilon in (0.0, 0.3, 1.0):
+        greedy.clear(), played.clear()
+        args = dqn.Args(eval_e=epsilon, eval_episodes=600)
+        envs.play(act, args, Path("r"))
+        assert len(played) == 3000
+        assert (
+            chi_squared([3000 - len(greedy), len(greedy)], [3000 * epsilon, 3000 - 3000 * epsilon])
+            < 1
+        )
+        if epsilon == 1:
+            assert chi_squared(np.bincount(np.array(played) + 1), [1000] * 3) < 1
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_wrong_reward_stops_the_run_and_leaves_the_last_good_checkpoint(
+    monkeypatch, capsys, prioritized, wrong
+):
     recv = envs.Environments.recv
 
     def broken(self):
         obs, reward, *rest = recv(self)
-        return obs, reward + (math.nan if len(self.new) == 3 else 0), *rest
+        return obs, reward + (wrong if len(self.new) == 3 else 0), *rest
 
     monkeypatch.setattr(envs.Environments, "recv", broken)
-    options = SHORT | {"learning_starts": 200, "checkpoint_every": 20, "total_timesteps": 400}
+    options = SHORT | {"learning_starts": 4, "checkpoint_every": 20, "total_timesteps": 400}
+    options |= {"prioritized": prioritized}
     with pytest.raises(SystemExit) as stopped:
         dqn.train(dqn.Args(**options))
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 1 and "reward or observation became NaN" in line
     assert all(x.isfinite().all() for x in dqn.load_agent("r").parameters())
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_loss_gone_wrong_stops_the_run(capsys, prioritized):
+    options = SHORT | {"learning_rate": 1e30, "prioritized": prioritized, "log_every": 200}
+    with pytest.raises(SystemExit) as stopped:
+        dqn.train(dqn.Args(**options, total_timesteps=400))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1 and "the loss became NaN" in line
+
+
+def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():
+    args = dqn.Args(**SHORT, checkpoint_replay=True, total_timesteps=200)
+    dqn.train(args)
+    checkpoint = load_checkpoint(Path("r/checkpoint.pt"))
+    replay = dqn.Replay(args, (4, 36, 36), CPU)
+    replay.load_state_dict(checkpoint["replay"])
+    assert 200 < replay.num_frames < 300 < replay.capacity
+    for name in ("stacks", "actions", "rewards", "ends", "frames"):
+        for saved in (checkpoint["replay"][name], replay.state_dict()[name]):
+            assert saved.untyped_storage().nbytes() == saved.nbytes  # what is filled
+        assert saved.data_ptr() == getattr(replay, name).data_ptr()
+    dqn.train(dataclasses.replace(args, resume="r", total_timesteps=240), checkpoint)
+    assert "replay" not in checkpoint
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,42 @@ def test_actions_are_uniform_over_the_bounds_until_learning_starts(monkeypatch):
     assert abs(np.corrcoef(shares[:2000].T)[0, 1]) < 0.1
 
 
+def test_noise_is_normal_and_never_used_twice(monkeypatch):
+    """Of actions, of the critic's targets and of each of the actor's updates on the same batch."""
+    noises, to_numpy = {"act": [], "critic": [], "actor": []}, sac.tensors.to_numpy
+
+    def make_updates(*_):
+        def update_critic(*inputs):
+            noises["critic"].append(inputs[-1].clone())
+            return torch.zeros(2)
+
+        def update_actor(*inputs):
+            noises["actor"].append(inputs[-1].clone())
+            return torch.zeros(3)
+
+        return update_critic, update_actor
+
+    def spied(function, *examples):
+        act = to_numpy(function, *examples)
+
+        def spy(obs, noise):
+            noises["act"].append(noise.clone())
+            return act(obs, noise)
+
+        return spy
+
+    monkeypatch.setattr(sac, "make_updates", make_updates)
+    monkeypatch.setattr(sac.tensors, "to_numpy", spied)
+    sac.train(sac.Args(env_id="Pendulum-v1", **SHORT | {"num_envs": 8, "total_timesteps": 2100}))
+    assert [len(draws) for draws in noises.values()] == [250, 1996, 1996]
+    assert len({x.numpy().tobytes() for draws in noises.values() for x in draws}) == 4242
+    for draws in noises.values():
+        x = torch.stack(draws).double()
+        bound = 4 / math.sqrt(x.numel())
+        assert abs(x.mean()) < bound and abs(x.var() - 1) < bound * math.sqrt(2)
+        assert abs((x**4).mean() - 3) < bound * math.sqrt(96)
+
+
 # the replay
 
 
