@@ -12,7 +12,7 @@ from benchmarks.results import Result
 from benchmarks.suites import SUITES
 from common import fail
 
-INSTALL = "pip install matplotlib rliable 'pandas<3'"
+INSTALL = "pip install matplotlib rliable scipy 'pandas<3'"
 ROOT = Path("runs/benchmarks")
 SUFFIXES = {"draw_curves": "", "draw_times": "_time", "draw_aggregate": "_aggregate"}
 UNITS = {1: "seconds", 60: "minutes", 3600: "hours"}
@@ -91,9 +91,13 @@ def _axes(count: int, **options) -> tuple:
 
 def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
     """Save a picture that says which results it was drawn from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     description = {"Software": None, "Description": digest(by_env)}
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=description)
+    options = {"metadata": description} if path.suffix == ".png" else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight", **options)
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be written: {error}")
     _pyplot().close(figure)
     print(path)
 
@@ -218,6 +222,9 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
         counts = ", ".join(f"{env_id} {len(x)}" for env_id, x in scores.items())
         print(f"no aggregate of {name}: as many seeds are needed everywhere ({counts})")
         return
+    if max(map(len, scores.values())) == 1:
+        print(f"no aggregate of {name}: of one seed there is no interval")
+        return
     try:
         from rliable import library, metrics
     except ImportError as error:
@@ -259,8 +266,9 @@ def compare(
 ) -> None:
     """Tell whether B learns better than A, and draw their learning curves over one another.
 
-    The difference is that of the mean return of the last 100 training episodes. Its 95% bootstrap
-    interval is over seeds; where there is only one, over its episodes.
+    The difference is that of the mean return of the last 100 training episodes. Its interval is
+    Welch's, over seeds; intervals of several environments hold all at once in 95% of cases. Where
+    one side has a single seed, the interval tells if that could be one more seed of the other.
 
     Args:
         a: run folder, folder of run folders, folder of results, or a result's CSV file.
@@ -274,34 +282,37 @@ def compare(
         fail(f"no environment in common: {a} has {next(known)}, {b} has {next(known)}")
     figure, axes = _axes(len(both))
     judged: dict[str, list[str]] = {}
+    level = 1 - 0.05 / len(both)  # Bonferroni
     for axis, env_id in zip(axes, both, strict=True):
         for side, color, path in zip(sides, ("C0", "C1"), (a, b)):
             _draw(axis, side[env_id], color, prefix=f"{path}: ")
         axis.set_title(env_id, fontsize="medium")
-        word, sentence = judge(*(side[env_id] for side in sides))
+        word, sentence = judge(*(side[env_id] for side in sides), level)
         judged.setdefault(word, []).append(env_id)
         print(f"{env_id}: {sentence}")
+    print(verdict(a, b, judged))
     _legend(figure, axes)
     _save(figure, output, {str(i): [x for e in both for x in s[e]] for i, s in enumerate(sides)})
-    print(verdict(a, b, judged))
 
 
-def judge(a: list[Result], b: list[Result]) -> tuple[str, str]:
+def judge(a: list[Result], b: list[Result], level: float = 0.95) -> tuple[str, str]:
     """Judge B in an environment: better, worse, the same or open; and say why in a sentence."""
-    a, b = ([result for result in side if result.steps.size] for side in (a, b))
-    if not (a and b):
-        return "open", "no episode has ended"
+    unfinished = sum("evaluation" not in result.config for result in a + b)
+    if unfinished or not all(result.steps.size for result in a + b):
+        return "open", f"{unfinished} of {len(a + b)} runs are not finished, or had no episode"
+    if a[0].total != b[0].total:
+        return "open", f"{a[0].total:,} steps cannot be compared with {b[0].total:,}"
     pairs = [(x, y) for x in a for y in b if x.config["args"]["seed"] == y.config["args"]["seed"]]
     if len(pairs) == min(len(a), len(b)) and all(repeats(x, y) for x, y in pairs):
         return "the same", f"the same to the last episode, {len(pairs)} seed(s)"
-    means = [np.mean([result.last().mean() for result in side]) for side in (a, b)]
-    low, high = difference(a, b)
+    values = [[float(result.last().mean()) for result in side] for side in (a, b)]
+    means = [np.mean(side) for side in values]
     sentence = f"return {means[0]:,.1f} and {means[1]:,.1f} ({len(a)} and {len(b)} seeds), "
-    sentence += f"difference {means[1] - means[0]:+,.1f}, 95% interval {low:+,.1f} to {high:+,.1f}"
-    if min(len(a), len(b)) == 1:
-        sentence += ", of the episodes of a single seed, which says nothing about other seeds"
-    elif min(len(a), len(b)) < 5:
-        sentence += ", which with so few seeds is right four times in five"
+    sentence += f"difference {means[1] - means[0]:+,.1f}"
+    if len(a) == len(b) == 1:
+        return "open", sentence + "; of how far seeds lie apart one on each side says nothing"
+    low, high = difference(*values, level)
+    sentence += f", {100 * level:.3g}% interval {low:+,.1f} to {high:+,.1f}"
     return "better" if low > 0 else "worse" if high < 0 else "open", sentence
 
 
@@ -311,16 +322,24 @@ def repeats(a: Result, b: Result) -> bool:
     return bool(same and np.allclose(a.returns, b.returns, rtol=1e-5, atol=1e-5))
 
 
-def difference(a: list[Result], b: list[Result]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of B's mean return less A's, over the last 100 episodes.
+def difference(a: list[float], b: list[float], level: float) -> tuple[float, float]:
+    """Return the interval of B's mean less A's, of a value for each seed: Welch's.
 
-    Seeds are drawn; where there is one, its episodes.
+    Of a single value it is the one in which one more of the other side would lie.
     """
-    rng, means = np.random.default_rng(0), []
-    for side in (a, b):
-        values = [x.last().mean() for x in side] if len(side) > 1 else side[0].last()
-        means.append(rng.choice(values, (10_000, len(values))).mean(axis=1))
-    low, high = np.percentile(means[1] - means[0], (2.5, 97.5))
+    try:
+        from scipy import stats
+    except ImportError:
+        fail(f"intervals need scipy: {INSTALL}")
+    apart = np.mean(b) - np.mean(a)
+    if np.ptp(a) == np.ptp(b) == 0:
+        low = high = apart
+    elif min(len(a), len(b)) > 1:
+        low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
+    else:
+        seeds = max(a, b, key=len)
+        scale = np.std(seeds, ddof=1) * np.sqrt(1 + 1 / len(seeds))
+        low, high = stats.t.interval(level, len(seeds) - 1, apart, scale)
     return float(low), float(high)
 
 
@@ -334,4 +353,4 @@ def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
     if not told:
         return f"{b} cannot be told from {a}."
     rest = sum(len(env_ids) for word, env_ids in judged.items() if word not in ("better", "worse"))
-    return f"{b} is {' and '.join(told)} than {a}{f', and no different on {rest}' * (rest > 0)}."
+    return f"{b} is {' and '.join(told)} than {a}{f', and undecided on {rest}' * (rest > 0)}."

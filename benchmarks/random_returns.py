@@ -4,9 +4,11 @@ import csv
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 
 from benchmarks.suites import SUITES
+from common import fail
 
 FILE = Path(__file__).parent / "random_returns.csv"
 COLUMNS = ("env_id", "episodes", "seed", "mean", "std", "gymnasium", "mujoco", "ale-py")
@@ -40,7 +42,10 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
     for env_id in env_ids or sorted(every):
         args = SimpleNamespace(env_id=env_id, seed=seed, eval_episodes=episodes, eval_e=1.0)
         args.render, args.capture_video, args.sticky_actions = False, False, 0.0
-        returns, _ = play(None, args, Path())
+        try:
+            returns, _ = play(None, args, Path())
+        except gym.error.Error as error:
+            fail(f"--env-ids {env_id}: {error}")
         figures = env_id, episodes, seed, f"{np.mean(returns):.6g}", f"{np.std(returns):.6g}"
         rows[env_id] = dict(zip(COLUMNS, (*figures, *map(version, COLUMNS[5:]))))
         print(f"{env_id}: {np.mean(returns):,.2f} ± {np.std(returns):,.2f}", flush=True)

@@ -23,6 +23,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resum
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
+UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 
 
@@ -90,9 +91,12 @@ def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
 
 def read_csv(path: Path) -> Result:
     """Read what `write` wrote."""
-    with path.open() as file:
-        rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
-    config = json.loads(path.with_suffix(".json").read_text())
+    try:
+        with path.open() as file:
+            rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
+        config = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, KeyError, ValueError) as error:
+        fail(f"{path} is not a result of these benchmarks ({error!r})")
     return Result(config, *np.array(rows).reshape(-1, len(COLUMNS)).T)
 
 
@@ -100,14 +104,20 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     """Return the results below `path` by environment, ordered by seed.
 
     It may be a folder of results (SUITE, SUITE/ENV), where `run` put a suite, a single CSV file, a
-    run folder, or a folder of run folders.
+    run folder, or a folder of run folders. Runs of an environment are to be seeds of one thing.
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     found = [read_csv(file) for file in files]
-    found = found or [read_run(file.parent) for file in sorted(path.rglob("config.json"))]
+    run_dirs = [file.parent for file in sorted(path.rglob("config.json"))]
+    found = found or [read_run(run_dir) for run_dir in run_dirs if run_dir.suffix != UNUSABLE]
     found.sort(key=lambda result: result.config["args"]["seed"])
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
-    return {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
+    by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
+    for env_id, same in by_env.items():
+        kinds = {(result.config["script"], result.total) for result in same}
+        if len(kinds) > 1 or len({result.config["args"]["seed"] for result in same}) < len(same):
+            fail(f"{path} has runs of {env_id} that differ in more than their seed: name fewer")
+    return by_env
 
 
 def write(run_dir: Path, path: Path) -> dict:
@@ -155,11 +165,16 @@ def export(
             else "name run folders, or --suite NAME"
         )
     for path in run_dirs:
-        args = json.loads((path / "config.json").read_text())["args"]
+        if not (path / "config.json").is_file():
+            fail(f"{path} is not a run folder: it has no config.json")
+        config = json.loads((path / "config.json").read_text())
+        args, made_by = config["args"], command(config)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
-        config = write(path, folder / f"{args['seed']}.csv")
-        changed = str(config["commit"]).endswith("-dirty")
-        print(folder / f"{args['seed']}.csv", "(of a checkout with changes)" * changed)
+        file = folder / f"{args['seed']}.csv"
+        if file.exists() and (other := command(read_csv(file).config)) != made_by:
+            fail(f"{file} is of another command, `{other}`: --name puts {path} elsewhere")
+        changed = str(write(path, file)["commit"]).endswith("-dirty")
+        print(file, "(of a checkout with changes)" * changed)
 
 
 def command(config: dict) -> str:
@@ -195,7 +210,7 @@ def last_returns(path: Path, episodes: int = 100) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean."""
+    """Return the 95% bootstrap interval of the mean, which is narrow where values are few."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
     return float(low), float(high)
@@ -250,7 +265,8 @@ def rows(suite: str) -> list[str]:
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
         known = published(found[0].config)
-        columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), f"{low} to {high}"
+        spread = f"{low} to {high}" if len(values) > 1 else "-"
+        columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), spread
         columns += (", ".join(format(value, form) for value in values),)
         columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)
         lines.append(f"| {' | '.join(columns)} |")

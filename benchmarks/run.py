@@ -123,8 +123,8 @@ class Job:
     def set_aside(self) -> None:
         """Rename a run folder that cannot be gone on with, and forget what was known of it."""
         if self.run_dir.exists():
-            shutil.rmtree(self.path(".unusable"), ignore_errors=True)
-            self.run_dir.rename(self.path(".unusable"))
+            shutil.rmtree(self.path(results.UNUSABLE), ignore_errors=True)
+            self.run_dir.rename(self.path(results.UNUSABLE))
         for suffix in (".csv", ".json", ".usage.json"):
             self.path(suffix).unlink(missing_ok=True)
 
@@ -226,14 +226,27 @@ def run(
         suite: one of those in benchmarks/suites.py.
         env_ids: only these environments of the suite.
         seeds: seeds of each, from 1 on, if not as many as the suite has.
-        workers: runs at a time; by default as many as there are cores for their threads.
+        workers: runs at a time; by default as many as there are cores for their threads, and
+            memory: a run of dqn_atari takes 9 GB, and leaves 7 of them on disk.
         threads: threads of each run.
         run_dir: folder of the suites' runs.
     """
     if suite not in SUITES:
         fail(f"no suite {suite}; there are {', '.join(SUITES)}")
     if unknown := set(env_ids) - {env_id for _, env_id, _ in SUITES[suite].runs}:
-        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}")
+        known = ", ".join(env_id for _, env_id, _ in SUITES[suite].runs)
+        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
+    for name, value, least in (
+        ("seeds", seeds, 0),
+        ("workers", workers, 0),
+        ("threads", threads, 1),
+    ):
+        if value < least:
+            fail(f"--{name} {value}: must be at least {least}")
+    try:
+        (run_dir / suite).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: {error}")
     jobs = [
         Job(script, env_id, flags, seed, run_dir / suite)
         for script, env_id, flags in SUITES[suite].runs
@@ -241,7 +254,8 @@ def run(
         if env_id in env_ids or not env_ids
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or max(1, cores // threads)
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    workers = workers or max(1, min(cores // threads, int(gigabytes / SUITES[suite].gigabytes)))
     signals, screen, told = [], Screen(), set()
     handlers = {
         number: signal.signal(number, lambda number, _: signals.append(number))

@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 from benchmarks import results
 from common import fail
+from common.atari import find_game
 
 ROOT = Path(__file__).parent.parent
 PEERS = {  # module: name, package
@@ -86,9 +87,11 @@ def speed(
         repeats: measurements of each, alternating.
         output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
     """
-    atari = (env_id or WORK[script].env_id).startswith("ALE/")
-    if peer == "torchrl" and script != "ppo_continuous":
-        fail(f"--peer torchrl: goes with ppo_continuous, not with {script}")
+    atari = find_game(env_id or WORK[script].env_id) is not None
+    if peer == "torchrl" and (script != "ppo_continuous" or set(num_envs) - {1}):
+        fail("--peer torchrl: goes with ppo_continuous and one environment")
+    if repeats < 1:
+        fail(f"--repeats {repeats}: must be at least 1")
     work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
     beside = importlib.util.find_spec(peer) is not None

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 
 class Suite(NamedTuple):
-    """Seeds 1 to `seeds` of every run: script, environment, flags."""
+    """Seeds 1 to `seeds` of every run: script, environment, flags; and the memory of one."""
 
     seeds: int
     runs: list[tuple[str, str, str]]
+    gigabytes: float = 1.0
 
 
 MUJOCO = ("HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
@@ -21,7 +22,7 @@ SUITES = {
     "ppo_continuous": Suite(5, [("ppo_continuous", x, "") for x in MUJOCO + MORE_MUJOCO]),
     "ppo_discrete": Suite(5, [("ppo_discrete", x, "") for x in CLASSIC]),
     "ppo_atari": Suite(3, [("ppo_discrete", x, "") for x in ATARI]),
-    "dqn_atari": Suite(3, [("dqn_atari", x, EXACT) for x in ATARI]),
+    "dqn_atari": Suite(3, [("dqn_atari", x, EXACT) for x in ATARI], gigabytes=9.0),
     "sac_continuous": Suite(3, [("sac_continuous", x, "") for x in MUJOCO]),
     "smoke": Suite(
         2,

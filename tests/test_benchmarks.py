@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import ppo_continuous as ppo
 from benchmarks import memory, plots, random_returns, results, run, speed, suites
 from common.checkpoint import load_checkpoint
 
-COMMITTED = [name for name in suites.SUITES if (results.FOLDER / name).is_dir()]
+COMMITTED = [name for name in (*suites.SUITES, "pong_1m") if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
 TINY = suites.Suite(2, [("ppo_continuous", "Pendulum-v1", FLAGS)])
@@ -83,13 +84,13 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
 
 def test_the_readmes_pictures_are_drawn_from_the_committed_files():
     image = pytest.importorskip("PIL.Image")
-    readme = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\((benchmarks/results/\w+\.png)\)", readme):
-        suite = re.sub(r"(_time|_aggregate)?\.png$", "", Path(path).name)
-        drawn_from = image.open(ROOT / path).text.get("Description")
-        if drawn_from is None:
-            pytest.skip(f"{path} does not say what it was drawn from; draw it again")
-        assert drawn_from == plots.digest(results.read_folder(results.FOLDER / suite))
+    pictures = set(results.FOLDER.glob("*.png"))
+    shown = re.findall(r"\]\((benchmarks/results/\w+\.png)\)", (ROOT / "README.md").read_text())
+    assert shown and {ROOT / path for path in shown} <= pictures
+    for path in pictures:
+        suite = re.sub(r"(_time|_aggregate)?\.png$", "", path.name)
+        drawn_from = image.open(path).text.get("Description")
+        assert drawn_from == plots.digest(results.read_folder(results.FOLDER / suite)), path
 
 
 def test_committed_results_say_how_they_were_made():
@@ -148,6 +149,10 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
     assert results.read_folder(Path("r"))["InvertedPendulum-v5"][0].steps.tolist() == [
         step for step, _ in expected
     ]
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--squash"])
+    with pytest.raises(SystemExit):  # what is there is of another command
+        results.export([ppo.train(dataclasses.replace(args, run_dir="other", squash=True))])
+    assert results.read_folder(path.parent)["InvertedPendulum-v5"][0].config == config
     args = dataclasses.replace(args, run_dir="unfinished")
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -194,6 +199,7 @@ def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episo
         "script": "ppo_continuous",
         "args": args,
         "command": f"python ppo_continuous.py --seed {seed}",
+        "evaluation": {"step": total, "return": level},
     }
     steps = np.linspace(0, total, episodes + 1)[1:].round()
     returns = np.minimum(level, np.linspace(0, 1.5 * level, episodes)) + rng.normal(0, 20, episodes)
@@ -304,34 +310,109 @@ def test_a_curve_has_the_mean_of_each_window():
 
 def test_compare_says_whether_a_change_helped(suite, capsys):
     pytest.importorskip("matplotlib")
-    for seed, level in ((1, 1500.0), (2, 1600.0), (3, 1700.0)):
+    for seed, level in ((1, 1300.0), (2, 1400.0), (3, 1500.0)):
         write_result(make_result("Hopper-v5", seed, level), Path("b"))
     plots.compare(suite, Path("b"))
     out = capsys.readouterr().out
-    low, high = map(float, re.search(r"interval (\S+\d) to (\S+\d)", out).groups())
-    assert low < -400 < high < 0 and out.endswith(f"b is worse on Hopper-v5 than {suite}.\n")
+    low, high = map(float, re.search(r"95% interval (\S+\d) to (\S+\d)", out).groups())
+    assert low < -600 < high < 0 and f"b is worse on Hopper-v5 than {suite}.\n" in out
     assert_picture(Path("runs/compare.png"))
     plots.compare(suite / "Hopper-v5" / "2.csv", suite)
     assert "repeats" in capsys.readouterr().out
     write_result(make_result("Hopper-v5", 4, 2001.0), Path("c"))
-    plots.compare(suite, Path("c"))
+    plots.compare(suite, Path("c"), Path("c.svg"))
     out = capsys.readouterr().out
-    assert f"c cannot be told from {suite}" in out and "single seed" in out
+    assert f"c cannot be told from {suite}" in out and Path("c.svg").exists()
+    write_result(make_result("Hopper-v5", 4, 1000.0), Path("d"))
+    plots.compare(suite, Path("d"))
+    assert "d is worse on Hopper-v5" in capsys.readouterr().out
+    plots.compare(Path("c"), Path("d"))
+    out = capsys.readouterr().out
+    assert "one on each side says nothing" in out and "d cannot be told from c" in out
+    for env_id, level in (("HalfCheetah-v5", 1442.64), ("Hopper-v5", 1000.0)):
+        for seed in (4, 5, 6):
+            write_result(make_result(env_id, seed, level + 100 * (seed - 5)), Path("e"))
+    plots.compare(suite, Path("e"))
+    out = capsys.readouterr().out
+    assert out.count("97.5% interval") == 2 and ", and undecided on 1." in out
     with pytest.raises(SystemExit):
         plots.compare(suite / "HalfCheetah-v5", Path("b"))
+    Path("file").touch()
+    with pytest.raises(SystemExit):
+        plots.compare(suite, Path("e"), Path("file/x.png"))
+    said = capsys.readouterr()
+    assert "is worse on" in said.out and "file/x.png cannot be written" in said.err
 
 
-def test_the_interval_of_a_difference_covers_it():
-    hits = 0
-    for i in range(100):
-        rng = np.random.default_rng(i)
-        a, b = (
-            [make_result()._replace(returns=rng.normal(level, 1.0, 1)) for _ in range(12)]
-            for level in (3.0, 4.0)
-        )
-        low, high = plots.difference(a, b)
+def test_runs_that_are_unlike_are_not_compared(suite, capsys):
+    half = make_result("Hopper-v5", 2)
+    del half.config["evaluation"]
+    whole = make_result("Hopper-v5")
+    assert plots.judge([whole], [half]) == (
+        "open",
+        "1 of 2 runs are not finished, or had no episode",
+    )
+    word, why = plots.judge([whole], [make_result("Hopper-v5", total=50_000)])
+    assert word == "open" and "1,000,000 steps cannot be compared with 50,000" in why
+    other = make_result("Hopper-v5", 4)
+    other.config["script"] = "sac_continuous"
+    for odd in (other, make_result("Hopper-v5", 4, total=50_000)):
+        write_result(odd, suite)
+        with pytest.raises(SystemExit):
+            results.read_folder(suite)
+        assert "differ in more than their seed" in capsys.readouterr().err
+    write_result(make_result("Hopper-v5", 4), suite)
+    assert len(results.read_folder(suite)["Hopper-v5"]) == 4
+    (suite / "again").mkdir()
+    for suffix in (".csv", ".json"):
+        shutil.copy(suite / "Hopper-v5" / f"4{suffix}", suite / "again" / f"4{suffix}")
+    with pytest.raises(SystemExit):
+        results.read_folder(suite)
+    Path("foreign.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        results.read_folder(Path("foreign.csv"))
+    assert "foreign.csv is not a result of these benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [(5, 5), (3, 3), (3, 5), (1, 5), (4, 1)])
+def test_the_interval_of_a_difference_covers_it(seeds):
+    """As often as it says, of few seeds too, which may lie farther apart on one side."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        spread = rng.uniform(1, 3) if min(seeds) > 1 else 1.0
+        a, b = (rng.normal(m, s, n).tolist() for m, s, n in zip((3, 4), (1, spread), seeds))
+        low, high = plots.difference(a, b, 0.95)
         hits += low <= 1.0 <= high
-    assert 0.83 < hits / 100 <= 0.99
+    assert 0.915 < hits / 400 < 0.985
+    assert plots.difference([2.0, 2.0], [3.0], 0.95) == (1.0, 1.0)
+    assert plots.difference([2.0, 2.0], [2.0, 2.0], 0.95) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("run smoke --workers -1", "--workers -1: must be at least 0"),
+        ("run smoke --seeds -1", "--seeds -1"),
+        ("run smoke --threads 0", "--threads 0: must be at least 1"),
+        ("run smoke --env-ids Hoper-v5", "not in smoke, which has Pendulum-v1, CartPole-v1"),
+        ("run somke", "there are ppo_continuous"),
+        ("run smoke --run-dir file/runs", "--run-dir file/runs: "),
+        ("export nowhere", "nowhere is not a run folder"),
+        ("export", "name run folders"),
+        ("speed --repeats 0", "--repeats 0"),
+        ("speed --peer torchrl --num-envs 8", "one environment"),
+        ("random --env-ids Nope-v0", "--env-ids Nope-v0: "),
+        ("compare nowhere file", "there is no nowhere"),
+        ("table nothing", "no results of nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, why, monkeypatch, capsys):
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("benchmarks", run_name="__main__")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ") and why in line
 
 
 def test_speed_is_measured_in_the_steady_state():
