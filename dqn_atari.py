@@ -433,7 +433,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if global_step > 0 and not args.checkpoint_replay:
             learning_starts += global_step
-            print(f"the replay was not saved: learning goes on at step {learning_starts:,}")
+            print(f"replay not saved: learning begins at step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.zeros(args.num_envs, action_size, device=device)

@@ -666,7 +666,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     record.log.clear()
     record.power_cut_at = None
     dqn.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
-    assert "the replay was not saved: learning goes on at step 240" in capsys.readouterr().out
+    assert "replay not saved: learning begins at step 240 of 400\n" in capsys.readouterr().out
     assert "".join(record.log) == "s" * 10 + "su" * 40
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 400
 

@@ -608,7 +608,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
             sac.train(args)
     log.clear()
     sac.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
-    assert "the replay was not saved: learning goes on at step 200" in capsys.readouterr().out
+    assert "replay not saved: learning begins at step 200 of" in capsys.readouterr().out
     assert "".join(log) == "s" * 100 + "sc" * 100
 
 
