@@ -45,7 +45,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes what is faster for this work"""
     num_threads: int = 0
-    """threads that PyTorch computes with; 0: one for small networks, up to four for large ones"""
+    """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     track: bool = False
@@ -298,11 +298,11 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
     batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
-    if args.minibatch_size is None:
-        fits = batch_size % args.num_minibatches == 0
-        runs.require(fits, args, "num_minibatches", f"divide a rollout's {batch_size} samples")
-        args.minibatch_size = batch_size // args.num_minibatches
-    fits = least <= args.minibatch_size <= batch_size  # one sample has no standard deviation
+    if args.minibatch_size is None:  # one sample has no standard deviation
+        fits = batch_size % args.num_minibatches == 0 and args.num_minibatches * least <= batch_size
+        need = f"divide a rollout's {batch_size} samples, {least} or more in each"
+        runs.require(fits, args, "num_minibatches", need)
+    fits = args.minibatch_size is None or least <= args.minibatch_size <= batch_size
     runs.require(fits, args, "minibatch_size", f"be from {least} to {batch_size}")
     fits = args.total_timesteps >= batch_size
     runs.require(fits, args, "total_timesteps", f"be at least {batch_size}, one rollout")
@@ -320,6 +320,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
+    size = args.minibatch_size or batch_size // args.num_minibatches
     rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
@@ -359,8 +360,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     old_log_prob, _ = log_prob_and_entropy(policy, actions)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
-                for i in range(0, batch_size - args.minibatch_size + 1, args.minibatch_size):
-                    indices = order[i : i + args.minibatch_size]
+                for indices in order.split(size)[: batch_size // size]:  # drops the remainder
                     metrics.append(update(parameters, batch, indices, lr))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break

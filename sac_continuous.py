@@ -42,7 +42,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes what is faster for this work"""
     num_threads: int = 0
-    """threads that PyTorch computes with; 0: one for small networks, up to four for large ones"""
+    """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     track: bool = False

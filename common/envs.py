@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,6 +83,8 @@ class Replayable(gym.Wrapper):
 def _make_training_env(args, index: int) -> gym.Env:
     if multiprocessing.parent_process():  # a worker: signals are for the main process
         os.setpgid(0, 0)
+        random.seed(stream_seed(args.seed, "python", index))  # not the main process's stream
+        np.random.seed(env_seed(args.seed, "numpy", index))
     return Replayable(args, index)
 
 
@@ -194,7 +198,10 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
             fail(f"{args.env_id} cannot be drawn here (apt install libosmesa6?): {reason}")
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
-        fail(f"{args.env_id} has {kind} actions; {hint}")
+        known = isinstance(action_space, (gym.spaces.Box, gym.spaces.Discrete))
+        fail(f"{args.env_id} has {kind} actions; {hint if known else 'no script takes them'}")
+    if action_type is gym.spaces.Box and not np.issubdtype(action_space.dtype, np.floating):
+        fail(f"{args.env_id} has actions of {action_space.dtype}, not of floating point")
     if bounded and not action_space.is_bounded():
         fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
     if not isinstance(obs_space, gym.spaces.Box):
@@ -235,6 +242,7 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
     if args.capture_video and not args.render:
         videos, first = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
+        warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
         env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()

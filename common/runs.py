@@ -6,19 +6,23 @@ import dataclasses
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -63,7 +67,11 @@ def check_ranges(args) -> None:
     """End with one line if a number is out of its range, or the run could not begin."""
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and Path(args.run_dir).exists():
-        fail(f"--run-dir {args.run_dir}: it exists already; --resume {args.run_dir} continues it")
+        resume = Path(args.run_dir, "checkpoint.pt").exists()
+        what = (
+            f"--resume {args.run_dir} continues it" if resume else "there is no run to resume in it"
+        )
+        fail(f"--run-dir {args.run_dir}: it exists already; {what}")
     folder = Path(args.run_dir or "runs/new").absolute()
     above = next(path for path in folder.parents if os.path.exists(path))
     if new and not os.access(above, os.W_OK | os.X_OK):
@@ -228,9 +236,17 @@ class Run:
         if args.track:
             import wandb
 
+            identity = self.dir / "wandb_id"
+            if not identity.exists():  # a folder's name may be another run's too
+                identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
             ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            ids |= {"id": self.dir.name, "dir": self.dir, "resume": "allow"}
-            wandb.init(**ids, config=vars(args), sync_tensorboard=True)
+            ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
+            try:
+                wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
+            except Exception as error:  # wandb has many
+                if checkpoint is None:
+                    shutil.rmtree(self.dir)
+                fail(f"--track: {' '.join(str(error).split())}")
         # readers drop what a killed run logged after its checkpoint, as it is logged again
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
         if checkpoint is None:
@@ -255,16 +271,26 @@ class Run:
         self.start = self.printed = time.perf_counter()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         if self.step == self.last_step:
             tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.signal and kind and issubclass(kind, Exception):  # Ctrl-C ends a compiler too
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        self.bar.close()
+        resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
+        print(f"stopped at step {self.saved:,}; go on: {resume}")
+        raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
         if self.signal:
+            for worker in multiprocessing.active_children():
+                worker.kill()
             os._exit(128 + number)
         self.signal = number
         tqdm.write("stopping at the next boundary; once more to leave at once", file=sys.stderr)
@@ -317,10 +343,7 @@ class Run:
             self.printed = now
         self.step = step
         if self.signal and self.saved == step < self.last_step:
-            self.bar.close()
-            resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
-            print(f"stopped at step {step:,}; go on: {resume}")
-            raise SystemExit(128 + self.signal)
+            self._leave()
 
     def save(self, step: int) -> None:
         """Write a checkpoint, once TensorBoard's events up to it are on disk."""

@@ -11,7 +11,8 @@ CASES = {
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id CartPole-v1": "discrete actions; use ppo_discrete.py",
     "--env-id ALE/Breakout-v5": "discrete actions; use ppo_discrete.py",
-    "--env-id toy_envs:Flags-v0": "multibinary actions",
+    "--env-id toy_envs:Flags-v0": "multibinary actions; no script takes them",
+    "--env-id toy_envs:Steps-v0": "actions of int64, not of floating point",
     "--env-id toy_envs:Words-v0": "Dict observations",
     "--env-id toy_envs:Unbounded-v0 --squash": "actions without bounds",
     "--env-id toy_envs:Scalar-v0": "observations without an axis",
@@ -21,6 +22,7 @@ CASES = {
     "--total-timesteps 0": "at least 1",
     "--total-timesteps 2047": "at least 2048",
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 2048 samples",
+    "--num-minibatches 2048": "divide a rollout's 2048 samples, 2 or more in each",
     "--minibatch-size 1": "from 2 to 2048",
     "--minibatch-size 4096": "from 2 to 2048",
     "--update-epochs 0": "at least 1",
@@ -40,7 +42,7 @@ CASES = {
     "--evaluate nowhere": "not a run folder",
     "--resume a --evaluate b": "exclude each other",
     "--resume nowhere --gamma 0.5": "--gamma",
-    "--run-dir taken": "exists already",
+    "--run-dir taken": "exists already; there is no run to resume in it",
     f"--run-dir {__file__}/run": "nothing can be written into",
     "--track": "pip install wandb",
     "--capture-video": "pip install",
@@ -50,7 +52,7 @@ if not torch.cuda.is_available():
 # what is different in ppo_discrete.py
 DISCRETE_CASES = {
     "--env-id Pendulum-v1": "continuous actions; use ppo_continuous.py",
-    "--env-id toy_envs:Flags-v0": "multibinary actions",
+    "--env-id toy_envs:Flags-v0": "multibinary actions; no script takes them",
     "--env-id toy_envs:Words-discrete-v0": "Dict observations",
     "--env-id toy_envs:Pictures-v0": "images must be of bytes",
     "--env-id ALE/Nope-v5": "Nope",
@@ -96,6 +98,7 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         (whole, "--resume r --total-timesteps 999", "--anneal-lr depends on it"),
         (whole, "--resume r --learning-rate 1", "takes --learning-rate from the run"),
         (whole, "--evaluate r --eval-every 5", "takes --eval-every from the run"),
+        (whole, "--run-dir r", "exists already; --resume r continues it"),
         (whole, "--evaluate r --no-compile", "takes --compile from the run"),
     )
     for content, words, why in refused:

@@ -104,6 +104,22 @@ def test_estimate_bootstraps_from_the_real_last_observation(ppo):
     torch.testing.assert_close(advantages, targets - values)
 
 
+@torch.no_grad()
+def test_normalised_rewards_and_observations_end_at_ten(ppo):
+    args = ppo.Args(num_steps=3, num_envs=1, gae_lambda=0.0, norm_obs=True, norm_reward=True)
+    obs_space, action_space = gym.spaces.Box(-1, 1, (1,)), BOX if ppo is ppo_continuous else BUTTONS
+    agent = ppo.Agent((1,), action_space, args)
+    agent.obs_statistics.update(torch.tensor([[1.0], [5.0]]))  # mean 3, deviation 2
+    obs = torch.tensor([[3.0], [4.0], [-1.0], [22.0], [24.0], [-1e9]])
+    expected = torch.tensor([[0.0], [0.5], [-2.0], [9.5], [10.0], [-10.0]])
+    torch.testing.assert_close(agent.encode(obs), expected)
+    agent.return_statistics.update(torch.tensor([-0.25, 0.25]))
+    rollout = ppo.Rollout(args, obs_space, action_space, torch.device("cpu"))
+    rollout.rewards[:, 0], rollout.terminations[:] = (1.5, -2.4, 99.0), True
+    targets = ppo.estimate(agent, rollout, torch.zeros(3), args)[1]
+    torch.testing.assert_close(targets, torch.tensor([6.0, -9.6, 10.0]))
+
+
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 12), split=st.integers(0, 12))
 def test_discounted_returns_restart_after_either_end_and_carry_over(seed, steps, split):

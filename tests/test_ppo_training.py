@@ -1,5 +1,6 @@
 """PPO as a user runs it: learning, time limits, evaluation, what is logged. Both scripts."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -130,6 +131,86 @@ def test_all_environments_share_statistics_and_stored_observations_are_copies(mo
     assert torch.equal(stored[1][0][0], stored[0][0][-1])  # the pending one opens the next rollout
 
 
+def test_a_rollout_holds_what_was_done_and_seen(monkeypatch, ppo):
+    """Actions as they were sampled, however the environment's are clipped, and real last
+    observations; rewards in units of the discounted returns' deviation; against NumPy.
+    """
+    seen, finals, epsilons = [], [], []
+    estimate, recv, adam = ppo.estimate, envs.Environments.recv, ppo.tensors.FlatAdam
+
+    def received(self):
+        outcome = recv(self)
+        finals.extend(outcome[4]["final_obs"][n].copy() for n in np.flatnonzero(outcome[3]))
+        return outcome
+
+    def spy(agent, rollout, values, args):
+        result = estimate(agent, rollout, values, args)
+        sampled, _ = agent.sample(rollout.obs[:-1].flatten(0, 1), rollout.noise.flatten(0, 1))
+        actions = np.concatenate(rollout.actions)
+        np.testing.assert_allclose(actions, sampled, rtol=1e-4, atol=1e-5)
+        assert list(rollout.final_obs) == list(zip(*np.nonzero(rollout.truncations)))
+        following = rollout.obs[1:].clone()
+        for n, obs in rollout.final_obs.items():
+            following[n] = obs
+        following = agent(following.flatten(0, 1))[1].numpy() * ~rollout.terminations.ravel()
+        var = agent.return_statistics.var.item()
+        expected = rollout.rewards.ravel() / np.sqrt(var + 1e-8) + 0.9 * following
+        np.testing.assert_allclose(result[1], expected, rtol=1e-4, atol=1e-4)
+        explained = 1 - np.var(result[1].numpy() - values.numpy()) / np.var(result[1].numpy())
+        ends = rollout.terminations | rollout.truncations
+        final_obs = [obs.numpy() for obs in rollout.final_obs.values()]
+        seen.append((actions, rollout.noise.clone(), final_obs, rollout.rewards.copy(), ends, var))
+        seen[-1] += (explained,)
+        return result
+
+    def optimizer(parameters, eps):
+        epsilons.append(eps)
+        return adam(parameters, eps)
+
+    monkeypatch.setattr(ppo, "estimate", spy)
+    monkeypatch.setattr(envs.Environments, "recv", received)
+    monkeypatch.setattr(ppo.tensors, "FlatAdam", optimizer)
+    options = SHORT | {"num_envs": 4, "norm_obs": False, "norm_reward": True, "update_epochs": 1}
+    options |= {"gamma": 0.9, "gae_lambda": 0.0, "total_timesteps": 1280}
+    args = ppo.Args(env_id=f"toy_envs:{pick(ppo, 'Shaped', 'Buttons')}-v0", **options)
+    agent = ppo.load_agent(ppo.train(args))
+    actions, noise, final_obs, rewards, ends, variances, explained = zip(*seen)
+    assert epsilons == [1e-5] and len(finals) > 20
+    np.testing.assert_allclose(np.concatenate(final_obs), finals, rtol=1e-6)
+    returns, carry = [], np.zeros(4)
+    for reward, end in zip(np.concatenate(rewards), np.concatenate(ends)):
+        carry = 0.9 * carry + reward
+        returns.append(carry)
+        carry = np.where(end, 0, carry)
+    expected = [np.var(returns[: 64 * i]) for i in (1, 1, 2, 3, 4)]  # the first, of itself
+    np.testing.assert_allclose(variances, expected, rtol=1e-9)
+    np.testing.assert_allclose(agent.return_statistics.var, np.var(returns), rtol=1e-9)
+    np.testing.assert_allclose(agent.return_statistics.carry, carry, rtol=1e-9)
+    logged = [value for _, value in scalars(Path("r"))["losses/explained_variance"]]
+    np.testing.assert_allclose(logged, explained, rtol=1e-3, atol=1e-3)
+    if ppo is ppo_continuous:
+        assert np.concatenate(actions)[:, 1].min() < 0  # the environment's lower bound
+        x = torch.stack(noise).double()
+        bound = 4 / np.sqrt(x.numel())
+        assert abs(x.mean()) < bound and abs(x.var() - 1) < bound * np.sqrt(2)
+
+
+def test_arguments_can_be_used_again(ppo):
+    args = ppo.Args(env_id=simple(ppo), total_timesteps=256, **SHORT)
+    ppo.train(args)
+    assert args.minibatch_size is None
+    args = dataclasses.replace(args, num_steps=128, run_dir="r2")
+    ppo.check_args(args)
+
+
+def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
+    """Also those that draw from the process's generators."""
+    args = ppo.Args(env_id="toy_envs:Dice-v0", num_envs=3, vectorization="async")
+    environments = envs.Environments(args)
+    assert len(np.unique(environments.obs)) == 6
+    environments.close()
+
+
 def test_same_seed_same_weights_and_another_seed_others(ppo):
     weights = []
     for i, seed in enumerate((1, 1, 2)):
@@ -220,6 +301,7 @@ def test_a_users_environment_trains_and_is_loaded_in_three_lines(tmp_path, ppo):
             "norm_obs": True,
             "norm_reward": True,
         },
+        {"target_kl": 1e9},
         {
             "target_kl": 1e-9,
             "norm_obs": False,
@@ -237,7 +319,7 @@ def test_every_option_trains(monkeypatch, ppo, options):
         options = options | {"squash": True}
     ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **SHORT | options))
     if "target_kl" in options:
-        assert len(seen) == 10 * 4  # one epoch each
+        assert len(seen) == 10 * 4 * (1 if options["target_kl"] < 1 else 2)  # epochs
     else:
         assert len(seen) == 10 * 2 and len(seen[0][0][0]) == 64  # one minibatch of 50, 14 dropped
         first, second = seen[0][0], seen[1][0]  # recomputed advantages, same log-probabilities

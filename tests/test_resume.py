@@ -1,6 +1,7 @@
 """Stopping and going on: killed, signalled, in the middle of writing. Both scripts."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 
@@ -16,7 +17,7 @@ from conftest import (
     flags,
 )
 
-from common import envs
+from common import envs, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import ReturnStatistics
 from ppo_continuous import Args, train
@@ -128,12 +129,63 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
     assert "finished" in finished.stdout and (tmp_path / "r" / "checkpoint.pt").is_file()
 
 
+def test_ctrl_c_while_compiling_says_how_to_go_on(monkeypatch, capsys):
+    """It reaches the compiler too, which then fails."""
+
+    def compile_function(*_):
+        def update(*_):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("CppCompileError")
+
+        return update
+
+    args = Args(env_id="Pendulum-v1", total_timesteps=640, run_dir="r", **SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "compile_function", compile_function)
+        with pytest.raises(SystemExit) as stopped:
+            train(args)
+    assert stopped.value.code == 130
+    assert (
+        "stopped at step 0; go on: python ppo_continuous.py --resume r\n" in capsys.readouterr().out
+    )
+    train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 640
+
+
+def test_a_tracked_run_goes_on_as_itself(run, tmp_path):
+    """Whatever its folder is called; one that cannot be tracked leaves none behind."""
+    wandb = tmp_path / "hidden" / "wandb" / "__init__.py"
+    wandb.parent.mkdir(parents=True)
+    log = tmp_path / "log"
+    wandb.write_text(f"""
+def init(**options):
+    print(options["id"], options["name"], options["resume"], file=open({str(log)!r}, "a"))
+""")
+    options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "anneal_lr": False}
+    for run_dir in ("a/r", "b/r"):
+        words = flags(**options, run_dir=run_dir, track=True)
+        run("ppo_continuous.py", *words, cwd=tmp_path)
+    words = ["--resume", "a/r", "--total-timesteps", 256]
+    run("ppo_continuous.py", *words, cwd=tmp_path)
+    first, other, again = (line.split() for line in log.read_text().splitlines())
+    assert first == again and first[1:] == ["r", "allow"] == other[1:] and first[0] != other[0]
+    wandb.write_text("def init(**options):\n    raise RuntimeError('not\\nlogged in')\n")
+    words = flags(**options, run_dir="c", track=True)
+    done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr == "error: --track: not logged in\n"
+    assert not (tmp_path / "c").exists()
+    words = ["--resume", "a/r", "--total-timesteps", 512]
+    assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
+    assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 256
+
+
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
     """New episodes begin, so that no sum of discounted rewards goes on across the gap either."""
     options = SHORT | {"num_envs": 16, "anneal_lr": False, "run_dir": "r"}
     args = Args(env_id="toy_envs:Unseeded-v0", total_timesteps=1024, **options)
     train(args)
     checkpoint = load_checkpoint("r/checkpoint.pt")
+    carry = checkpoint["agent"]["return_statistics.carry"]
     lost, carries = [], []
     load, update = envs.Environments.load_state_dict, ReturnStatistics.update_from_rewards
 
@@ -151,6 +203,6 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     train(dataclasses.replace(args, resume="r", total_timesteps=3072), checkpoint)
     assert capsys.readouterr().out.count("new episodes") == 1
     (lost,) = lost
-    expected = torch.where(torch.tensor(lost), 0.0, checkpoint["agent"]["return_statistics.carry"])
+    expected = torch.where(torch.tensor(lost), 0.0, carry)
     assert np.any(lost) and len(carries) == 2 and torch.equal(carries[0], expected)
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072

@@ -1,5 +1,7 @@
 """Small environments with known answers, registered the way a user's own module would."""
 
+import random
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
@@ -140,6 +142,28 @@ class Unbounded(Counter):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Steps(Counter):
+    """Actions that are whole numbers, in a Box."""
+
+    action_space = Box(0, 9, (2,), np.int64)
+
+
+class Dice(Counter):
+    """Draws from the generators of the process, and shows what it drew."""
+
+    observation_space = Box(0.0, 1.0, (2,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.drawn(), {}
+
+    def step(self, action):
+        return self.drawn(), *super().step(action)[1:]
+
+    def drawn(self):
+        return np.array([np.random.random(), random.random()])
+
+
 for kind, discrete in (("", False), ("-discrete", True)):
     for end in ("truncated", "terminated", "both"):
         gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
@@ -148,5 +172,5 @@ for kind, discrete in (("", False), ("-discrete", True)):
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
     gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
-for cls in (Shaped, Buttons, Opaque, Unseeded, Flags, Pictures, Scalar, Unbounded):
+for cls in (Shaped, Buttons, Opaque, Unseeded, Flags, Pictures, Scalar, Unbounded, Steps, Dice):
     gym.register(f"{cls.__name__}-v0", cls)
