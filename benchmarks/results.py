@@ -164,15 +164,17 @@ def export(
             if suite
             else "name run folders, or --suite NAME"
         )
+    files = {}
     for path in run_dirs:
         if not (path / "config.json").is_file():
             fail(f"{path} is not a run folder: it has no config.json")
         config = json.loads((path / "config.json").read_text())
         args, made_by = config["args"], command(config)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
-        file = folder / f"{args['seed']}.csv"
+        files[path] = file = folder / f"{args['seed']}.csv"
         if file.exists() and (other := command(read_csv(file).config)) != made_by:
-            fail(f"{file} is of another command, `{other}`: --name puts {path} elsewhere")
+            fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
+    for path, file in files.items():
         changed = str(write(path, file)["commit"]).endswith("-dirty")
         print(file, "(of a checkout with changes)" * changed)
 
