@@ -423,7 +423,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
     optimizer = tensors.FlatAdam(critic, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
-    replay = Replay(args, obs_space.shape, device)
+    with runs.memory_for(args, "buffer_size"):
+        replay = Replay(args, obs_space.shape, device)
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}

@@ -319,7 +319,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     learned = {"critic": critic, "actor": actor, "alpha": log_alpha}
     optimizer = nn.ModuleDict({name: tensors.FlatAdam(x, eps=1e-8) for name, x in learned.items()})
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
-    replay = Replay(args, obs_space.shape, action_size, device)
+    with runs.memory_for(args, "buffer_size"):
+        replay = Replay(args, obs_space.shape, action_size, device)
     updates = make_updates(agent, optimizer, replay.columns, args)
     update_critic, update_actor = (runs.compile_function(x, args, device) for x in updates)
     batch_noise = torch.zeros(args.batch_size, action_size, device=device)

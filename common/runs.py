@@ -19,6 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -142,6 +143,15 @@ def setup_torch(args, faster: str) -> torch.device:
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
     return device
+
+
+@contextmanager
+def memory_for(args, name: str):
+    """End with one line if there is no memory for what the argument `name` sizes."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        fail(f"{flag(name)} {getattr(args, name)}: {str(error).splitlines()[0]}")
 
 
 def compile_function(function: Callable, args, device: torch.device) -> Callable:

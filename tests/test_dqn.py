@@ -827,6 +827,7 @@ def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():
         ({"train_frequency": 0}, "--train-frequency"),
         ({"target_network_frequency": 0}, "--target-network-frequency"),
         ({"buffer_size": 1}, "--buffer-size 1"),
+        ({"buffer_size": 10**14}, f"--buffer-size {10**14}: "),
         ({"learning_starts": 3}, "--learning-starts 3"),
         ({"tau": 1.5}, "--tau"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm"),

@@ -678,6 +678,7 @@ def test_nan_loss_stops_the_run(capsys):
         ({"env_id": "toy_envs:Unbounded-v0"}, "without bounds"),
         ({"env_id": "toy_envs:Words-v0"}, "Dict observations"),
         ({"buffer_size": 0}, "--buffer-size 0"),
+        ({"buffer_size": 10**15}, f"--buffer-size {10**15}: "),
         ({"buffer_size": 3, "num_envs": 4}, "--buffer-size 3"),
         ({"tau": 2.0}, "--tau 2.0: must be from 0 to 1"),
         ({"policy_lr": 0.0}, "--policy-lr 0.0: must be above 0"),
