@@ -226,8 +226,7 @@ def run(
         suite: one of those in benchmarks/suites.py.
         env_ids: only these environments of the suite.
         seeds: seeds of each, from 1 on, if not as many as the suite has.
-        workers: runs at a time; by default as many as there are cores for their threads, and
-            memory: a run of dqn_atari takes 9 GB, and leaves 7 of them on disk.
+        workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
         threads: threads of each run.
         run_dir: folder of the suites' runs.
     """
