@@ -284,15 +284,6 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
     return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 
 
-def update_statistics(agent: Agent, rollout: Rollout, args: Args) -> None:
-    """Take a rollout into the statistics of observations and of discounted returns."""
-    if args.norm_obs:
-        agent.obs_statistics.update(rollout.obs[:-1].flatten(0, 1))
-    if args.norm_reward:
-        ends = rollout.terminations | rollout.truncations
-        agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
-
-
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
     runs.check_ranges(args)
@@ -345,9 +336,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
-            if start_step == 0:  # the initial policy hardly depends on what it sees (gain 0.01)
-                update_statistics(agent, rollout, args)
-            # update, with the statistics that it was collected with, or the first one with its own
+
+            # update, with the very statistics that the rollout was collected with
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
@@ -367,8 +357,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
-            if start_step > 0:  # only now do the statistics take the rollout in
-                update_statistics(agent, rollout, args)
+
+            # only now do the statistics take the rollout in
+            if args.norm_obs:
+                agent.obs_statistics.update(obs)
+            if args.norm_reward:
+                ends = rollout.terminations | rollout.truncations
+                agent.return_statistics.update_from_rewards(rollout.rewards, ends, args.gamma)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
