@@ -281,14 +281,15 @@ class Run:
         self.start = self.printed = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if self.step == self.last_step:
             tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.signal and kind and issubclass(kind, Exception):  # Ctrl-C ends a compiler too
+        if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
+            print(f"ended by {error!r:.200}", file=sys.stderr)
             self._leave()
 
     def _leave(self) -> NoReturn:
