@@ -181,32 +181,32 @@ class Agent(nn.Module):
 
 
 class SumTree:
-    """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20."""
+    """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20.
+
+    Priorities are kept as whole numbers of 2**-30, so that sums are exact on every device, and up
+    to what cannot overflow (4,096 in a million leaves).
+    """
 
     def __init__(self, size: int, device):
-        width = math.ceil(math.sqrt(size))
-        self.leaves = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        width, self.most = math.ceil(math.sqrt(size)), 2.0 ** (62 - size.bit_length())
+        self.leaves = torch.zeros(width, width, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(width, dtype=torch.int64, device=device)
 
     def update(self, indices: torch.Tensor, priorities: torch.Tensor) -> None:
         """Set the priorities [B] of the leaves `indices` [B]."""
-        self.leaves.view(-1)[indices] = priorities.double()
+        self.leaves.view(-1)[indices] = (priorities * 2**30).ceil().clamp(max=self.most).long()
         blocks = indices // len(self.sums)
         self.sums[blocks] = self.leaves[blocks].sum(1)
 
     def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw leaves in proportion to their priorities, given numbers [B] in [0, 1).
-
-        Returns indices and probabilities [B]. Rounding never draws a leaf whose priority is zero.
-        """
-        below, sums = 1 - 1e-12, self.sums.cumsum(0)
-        mass = (uniform * sums[-1]).clamp(max=sums[-1] * below)
+        """Draw leaves by float64 numbers [B] from 0 to 1; return indices and probabilities [B]."""
+        sums = self.sums.cumsum(0)
+        mass = (uniform * sums[-1]).long().clamp(max=sums[-1] - 1)
         blocks = torch.searchsorted(sums, mass, right=True)
-        leaves = self.leaves[blocks].cumsum(1)
-        rest = (mass - sums[blocks] + self.sums[blocks]).clamp(min=0)
-        rest = torch.minimum(rest, leaves[:, -1] * below)
-        inner = torch.searchsorted(leaves, rest[:, None], right=True).squeeze(1)
-        return blocks * len(self.sums) + inner, self.leaves[blocks, inner] / sums[-1]
+        leaves, rest = self.leaves[blocks], mass - sums[blocks] + self.sums[blocks]
+        inner = torch.searchsorted(leaves.cumsum(1), rest[:, None], right=True)
+        indices = blocks * len(self.sums) + inner.squeeze(1)
+        return indices, leaves.gather(1, inner).squeeze(1) / sums[-1].double()
 
 
 class Replay:
@@ -479,12 +479,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     return run.dir
 
 
-def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
-    """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
+def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "cpu") -> Agent:
+    """Load the agent of a run. `agent.act(obs)` takes one raw observation."""
     checkpoint = runs.load_run(run_dir, SCRIPT, name)
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
-    agent = Agent(weights["obs_shape"].tolist(), action_space, args)
+    agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
     tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
     return agent.requires_grad_()
@@ -496,4 +496,4 @@ if __name__ == "__main__":
         train(args, checkpoint)
     else:
         check_args(args)
-        runs.evaluate(load_agent(args.evaluate), args)
+        runs.evaluate(load_agent(args.evaluate, device=checkpoint["device"]), args)

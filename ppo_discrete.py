@@ -374,12 +374,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     return run.dir
 
 
-def load_agent(run_dir: str | Path, name: str = "checkpoint.pt") -> Agent:
-    """Load the agent of a run, on the CPU. `agent.act(obs)` takes one raw observation."""
+def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "cpu") -> Agent:
+    """Load the agent of a run. `agent.act(obs)` takes one raw observation."""
     checkpoint = runs.load_run(run_dir, SCRIPT, name)
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
-    agent = Agent(weights["obs_statistics.mean"].shape, action_space, args)
+    agent = Agent(weights["obs_statistics.mean"].shape, action_space, args).to(device)
     tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
     agent.load_state_dict(weights)
     return agent.requires_grad_()
@@ -391,4 +391,4 @@ if __name__ == "__main__":
         train(args, checkpoint)
     else:
         check_args(args)
-        runs.evaluate(load_agent(args.evaluate), args)
+        runs.evaluate(load_agent(args.evaluate, device=checkpoint["device"]), args)

@@ -109,6 +109,9 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, ANEW[mode]))
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     checkpoint = load_run(run_dir, script)
+    if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
+        print("trained on CUDA, evaluated on the CPU: it rounds differently")
+        checkpoint["device"] = "cpu"
     stored = args_class(**checkpoint["args"])
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
         for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):

@@ -176,8 +176,10 @@ class Priorities:
         leaves = np.zeros(tree.leaves.numel())
         for (row, n), priority in self.of.items():
             leaves[row % size * num_envs + n] = priority
-        np.testing.assert_allclose(tree.leaves.flatten(), leaves, rtol=1e-12)
-        np.testing.assert_allclose(tree.sums, tree.leaves.sum(1), rtol=1e-12)
+        np.testing.assert_allclose(
+            tree.leaves.flatten().double() / 2**30, leaves, rtol=0, atol=2**-30
+        )
+        np.testing.assert_array_equal(tree.sums, tree.leaves.sum(1))
         assert self.replay.max_priority.item() == pytest.approx(self.most, rel=1e-12)
         return leaves
 
@@ -367,19 +369,22 @@ def test_sum_tree_equals_plain_sums(seed, size, decades):
         tree.update(torch.from_numpy(indices), torch.from_numpy(values[indices]))
         for i in indices:
             naive[i] = values[i]
-    np.testing.assert_array_equal(tree.leaves.flatten()[:size], naive)
-    assert not tree.leaves.flatten()[size:].any()
-    np.testing.assert_allclose(tree.sums, tree.leaves.sum(1))
-    if not naive.any():
+    most = 2 ** (62 - size.bit_length())
+    whole = [min(math.ceil(x * 2**30), most) for x in naive]  # integers of any size
+    assert tree.leaves.flatten().tolist() == whole + [0] * (tree.leaves.numel() - size)
+    assert (total := sum(whole)) == tree.sums.sum().item() < 2**63
+    assert tree.sums.tolist() == tree.leaves.sum(1).tolist()
+    assert all((x > 0) == (y > 0) for x, y in zip(whole, naive))
+    if total == 0:
         return
-    edges = [0.0, 1 - 2.0**-53, *(np.cumsum(naive)[:-1] / naive.sum()).clip(0, 1 - 2.0**-53)]
-    uniform = np.concatenate((edges, rng.random(50)))
+    ends = list(itertools.accumulate(whole))
+    uniform = np.concatenate(([0, 1 - 2.0**-53, 1], np.array(ends[:-1]) / total, rng.random(50)))
     indices, probabilities = tree.sample(torch.from_numpy(uniform))
-    assert (naive[indices] > 0).all()
-    np.testing.assert_allclose(probabilities, naive[indices] / naive.sum())
-    ends = np.cumsum(naive)[indices] / naive.sum()
-    begins = ends - naive[indices] / naive.sum()
-    assert (begins - 1e-9 <= uniform).all() and (uniform <= ends + 1e-9).all()
+    assert probabilities.dtype == torch.float64
+    for u, i, probability in zip(uniform.tolist(), indices.tolist(), probabilities.tolist()):
+        assert whole[i] > 0 and probability == pytest.approx(whole[i] / total, rel=1e-12)
+        mass = min(int(u * float(total)), total - 1)
+        assert ends[i] - whole[i] <= mass < ends[i]
 
 
 def test_sum_tree_draws_in_proportion_to_priorities():

@@ -1,0 +1,109 @@
+"""CUDA: runs of all four scripts where there is one, and elsewhere what can be checked without."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_killed_ends_as_whole, flags, scalars
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dqn_atari
+import ppo_continuous
+import ppo_discrete
+import sac_continuous
+from common.checkpoint import load_checkpoint
+
+PPO = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
+PPO |= {"norm_obs": True, "norm_reward": True}
+REPLAY = {"num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size": 8}
+REPLAY |= {"log_every": 20, "checkpoint_replay": True}
+DQN = REPLAY | {"double": True, "dueling": True, "prioritized": True, "n_step": 3}
+PIXELS = {"env_id": "pixel_envs:SmallCatch-v0", "max_grad_norm": 1.0}
+CASES = {
+    "ppo": (ppo_continuous, PPO | {"env_id": "Pendulum-v1"}),
+    "ppo-squash": (ppo_continuous, PPO | {"env_id": "Pendulum-v1", "squash": True}),
+    "ppo-discrete": (ppo_discrete, PPO | {"env_id": "CartPole-v1", "target_kl": 1.0}),
+    "ppo-atari": (ppo_discrete, PPO | {"env_id": "ALE/Breakout-v5", "norm_obs": False}),
+    "sac": (sac_continuous, REPLAY | {"env_id": "Pendulum-v1", "hidden_sizes": (32, 32)}),
+    "dqn": (dqn_atari, REPLAY | PIXELS),
+    "dqn-all": (dqn_atari, DQN | PIXELS),
+}
+each_case = pytest.mark.parametrize("script, options", CASES.values(), ids=CASES)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+class Deterministic(TorchDispatchMode):
+    """Fails where CUDA has no deterministic kernel; see torch.use_deterministic_algorithms."""
+
+    NEVER = "put_ histc bincount median kthvalue nll_loss_forward grid_sampler_2d put".split()
+    NEVER += "_adaptive_avg_pool2d_backward max_unpool2d reflection_pad2d_backward".split()
+    NEVER += "upsample_bilinear2d_backward _ctc_loss _embedding_bag".split()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.NEVER, name
+        assert name != "cumsum" or not args[0].is_floating_point(), "cumsum of floats"
+        return func(*args, **kwargs or {})
+
+
+@each_case
+def test_all_that_training_does_has_a_deterministic_kernel(script, options):
+    options = options | {"total_timesteps": 128, "eval_episodes": 1, "compile": False}
+    with Deterministic():
+        script.train(script.Args(**options, run_dir="r"))
+    with pytest.raises(AssertionError, match="cumsum"), Deterministic():
+        torch.rand(3).cumsum(0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path):
+    """But not resumed."""
+    options = PPO | {"env_id": "Pendulum-v1", "compile": False, "anneal_lr": False}
+    ppo_continuous.train(ppo_continuous.Args(**options, total_timesteps=64, run_dir="r"))
+    content = torch.load("r/checkpoint.pt")
+    content["state"]["device"] = "cuda"
+    torch.save(content, "r/checkpoint.pt")
+    out = run("ppo_continuous.py", "--evaluate", "r", cwd=tmp_path).stdout
+    assert "evaluated on the CPU" in out and "evaluation of 10 episodes" in out
+    words = ["--resume", "r", "--total-timesteps", 128]
+    done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
+    assert (
+        done.returncode == 2 and done.stderr == "error: r was on cuda, and can go on only there\n"
+    )
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_case
+def test_killed_and_resumed_on_cuda_ends_as_if_never_stopped(tmp_path, script, options, compiled):
+    options = options | {"device": "cuda", "compile": compiled, "eval_episodes": 2, "seed": 3}
+    options |= {"total_timesteps": 6400, "checkpoint_every": 640, "eval_every": 3200}
+    assert_killed_ends_as_whole(f"{script.SCRIPT}.py", options, 2, tmp_path)
+    assert load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["device"] == "cuda"
+
+
+@needs_cuda
+@each_case
+def test_evaluates_on_cuda_as_in_training(run, tmp_path, script, options):
+    options = options | {"device": "cuda", "total_timesteps": 128, "eval_episodes": 3}
+    name = f"{script.SCRIPT}.py"
+    trained = run(name, *flags(**options, run_dir="r"), cwd=tmp_path).stdout
+    evaluated = run(name, "--evaluate", "r", cwd=tmp_path).stdout.strip()
+    assert evaluated.startswith("evaluation of 3 episodes") and evaluated in trained
+
+
+@needs_cuda
+@each_case
+def test_compiled_on_cuda_equals_eager(script, options):
+    """The losses that are logged first, up to rounding."""
+    first = []
+    for compiled in (False, True):
+        run_dir = Path(f"r{compiled}")
+        args = {"device": "cuda", "compile": compiled, "total_timesteps": 128, "eval_episodes": 1}
+        script.train(script.Args(**options | args, run_dir=str(run_dir)))
+        logged = scalars(run_dir)
+        first.append({tag: logged[tag][0] for tag in logged if tag.startswith("losses/")})
+    eager, compiled = first
+    assert eager and eager.keys() == compiled.keys()
+    for tag, (step, value) in eager.items():
+        assert compiled[tag] == (step, pytest.approx(value, rel=1e-2, abs=1e-4)), tag
