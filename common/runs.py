@@ -121,6 +121,14 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     return dataclasses.replace(stored, **anew), checkpoint
 
 
+def make_deterministic(args, device: torch.device) -> None:
+    """Let CUDA take algorithms that give the same bits each time, with --torch-deterministic."""
+    if device.type == "cuda" and args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
+
+
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
@@ -137,9 +145,7 @@ def setup_torch(args, faster: str) -> torch.device:
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
-    if device.type == "cuda" and args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    make_deterministic(args, device)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     wide = large or max(args.hidden_sizes, default=0) >= 256
     torch.set_float32_matmul_precision("medium" if wide else "highest")
@@ -163,7 +169,8 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     Calls check their inputs, but not whether what else it uses has changed (what changes in a run
     is to be an input), and reach the kernels from C++: both take a third off a small update.
     """
-    options = {"cpp_wrapper": device.type == "cpu"}
+    # padding is decided by a stopwatch, in a resumed run perhaps otherwise
+    options = {"cpp_wrapper": True} if device.type == "cpu" else {"shape_padding": False}
     if args.compile:
         try:
             x = torch.zeros(2, device=device)
@@ -195,6 +202,7 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 def evaluate(agent: torch.nn.Module, args) -> None:
     """Play the episodes of --evaluate, and say how it went."""
     torch.set_num_threads(args.num_threads)
+    make_deterministic(args, next(agent.parameters()).device)
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
@@ -205,13 +213,14 @@ def provenance(device: torch.device) -> dict:
         commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
     versions = {name: version(name) for name in packages}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or None,
         "versions": {"python": platform.python_version()} | versions,
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": name},
         "num_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

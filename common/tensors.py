@@ -75,7 +75,8 @@ def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
     """Return views of the vector [P] under the names and shapes of the parameters of `module`."""
     named = dict(module.named_parameters())
     chunks = parameters.split([parameter.numel() for parameter in named.values()])
-    return {name: chunk.view_as(named[name]) for name, chunk in zip(named, chunks)}
+    # shapes alone: parameters would be inputs of a compiled graph, overlapping the vector
+    return {name: chunk.view(named[name].shape) for name, chunk in zip(named, chunks)}
 
 
 def call(module: nn.Module, parameters: torch.Tensor, *inputs: torch.Tensor):
