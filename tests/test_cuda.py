@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import assert_killed_ends_as_whole, flags, scalars
@@ -12,6 +14,7 @@ import ppo_continuous
 import ppo_discrete
 import sac_continuous
 from common.checkpoint import load_checkpoint
+from common.tensors import FlatAdam, flatten_parameters
 
 PPO = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
 PPO |= {"norm_obs": True, "norm_reward": True}
@@ -30,6 +33,78 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("script, options", CASES.values(), ids=CASES)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+# on the device "meta", which has no values: like CUDA it refuses tensors of the CPU
+
+
+META = torch.device("meta")
+
+
+def meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def indices(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.int64)
+
+
+def on_meta(script, obs_space, action_space, **kwargs) -> tuple:
+    """An agent that has acted there, and its arguments."""
+    args = script.Args(num_envs=2, **kwargs)
+    agent = script.Agent(obs_space.shape, action_space, args).to(META)
+    noise = meta(2, gym.spaces.flatdim(action_space))
+    assert [x.device for x in agent.sample(meta(2, *obs_space.shape), noise)] == [META, META]
+    return agent, args
+
+
+def flat(module, eps=1e-8) -> tuple:
+    parameters = flatten_parameters(module)
+    assert parameters.device == META == next(module.parameters()).device
+    return parameters, FlatAdam(parameters, eps)
+
+
+VECTOR, PICTURE = gym.spaces.Box(-1, 1, (5,)), gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+BOX, BUTTONS = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(3)
+
+
+@torch.no_grad()
+def test_nothing_that_learning_touches_stays_on_the_cpu():
+    with pytest.raises(RuntimeError):
+        meta(3) + torch.zeros(3)  # so that mixing would be noticed
+
+    cases = (ppo_continuous, VECTOR, BOX, meta(8, 3)), (ppo_discrete, VECTOR, BUTTONS, indices(8))
+    for script, obs_space, action_space, action in (*cases, (ppo_discrete, PICTURE, *cases[1][2:])):
+        agent, args = on_meta(script, obs_space, action_space, norm_obs=obs_space is VECTOR)
+        parameters, optimizer = flat(agent)
+        batch = meta(8, *obs_space.shape), action, meta(8), meta(8), meta(8), meta(8)
+        agent.obs_statistics.update(batch[0])
+        update = script.make_update(agent, optimizer, args)
+        assert update(parameters, batch, indices(4), meta()).device == META
+
+    agent, args = on_meta(sac_continuous, VECTOR, BOX, buffer_size=100)
+    (critic, of_critic), (target, _), (actor, of_actor) = map(
+        flat, (agent.critic, agent.target, agent.actor)
+    )
+    optimizers = {"critic": of_critic, "actor": of_actor, "alpha": FlatAdam(agent.log_alpha, 1e-8)}
+    replay = sac_continuous.Replay(args, (5,), 3, META)
+    update_critic, update_actor = sac_continuous.make_updates(
+        agent, torch.nn.ModuleDict(optimizers), replay.columns, args
+    )
+    batch = agent.log_alpha, replay.rows, indices(8), meta(8, 3)
+    assert update_critic(critic, target, actor, *batch).device == META
+    assert update_actor(critic, actor, *batch).device == META
+
+    options = {"double": True, "dueling": True, "prioritized": True, "buffer_size": 100}
+    agent, args = on_meta(dqn_atari, PICTURE, BUTTONS, **options)
+    (critic, optimizer), (target, _) = map(flat, (agent.critic, agent.target))
+    replay = dqn_atari.Replay(args, (4, 84, 84), META)
+    replay.num_rows = 10
+    drawn, weight = replay.sample(0.5, None)
+    update = dqn_atari.make_update(agent, optimizer, args)
+    metrics, error = update(critic, target, replay.batch(drawn), weight)
+    replay.reprioritize(drawn, error)
+    assert metrics.device == error.device == replay.max_priority.device == META
 
 
 class Deterministic(TorchDispatchMode):
