@@ -53,7 +53,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(
         "norm_obs": True,
         "norm_reward": True,
     }
-    assert_killed_ends_as_whole(script, arguments, 3, tmp_path, run)
+    assert_killed_ends_as_whole(script, arguments, 2, tmp_path, run)
 
 
 def test_killed_while_writing_a_checkpoint(run, tmp_path):
