@@ -12,7 +12,7 @@ from conftest import assert_same
 from common import envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.seeding import STREAMS, env_seed, stream_seed
-from common.tensors import flatten_parameters
+from common.tensors import call, flatten_parameters
 from ppo_continuous import Args
 
 MUJOCO = [
@@ -248,6 +248,25 @@ def test_parameters_are_views_of_one_vector():
     assert all(torch.equal(2 * a, b) for a, b in zip(before, module.parameters()))
     module.load_state_dict({name: torch.ones_like(x) for name, x in module.state_dict().items()})
     assert torch.equal(flat, torch.ones(26))
+
+
+def test_a_compiled_graph_takes_the_vector_and_not_its_views_too():
+    """Overlapping inputs, of which one is changed in place, would cost a wrapper and a copy."""
+    module, taken = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), []
+    flat, x = flatten_parameters(module), torch.ones(1, 3)
+
+    def step(parameters, x):
+        y = call(module, parameters, x)
+        parameters -= 1
+        return y
+
+    def backend(graph, inputs):
+        taken.extend(inputs)
+        return graph
+
+    expected = module(x)
+    got = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)(flat, x)
+    assert torch.equal(got, expected) and [tuple(y.shape) for y in taken] == [(26,), (1, 3)]
 
 
 def test_due_is_a_pure_function_of_the_step():
