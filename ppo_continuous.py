@@ -162,6 +162,10 @@ class Agent(nn.Module):
         x = self.encode(obs)
         return (self.actor(x), self.log_std, self.args.squash), self.critic(x).squeeze(-1)
 
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """Values [B] of raw observations."""
+        return self.critic(self.encode(obs)).squeeze(-1)
+
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
         action = torch.addcmul(self.actor(self.encode(obs)), self.log_std.exp(), noise)
@@ -270,10 +274,10 @@ def learning_rate(progress: float, args: Args) -> torch.Tensor:
 
 def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
     """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
-    values = torch.cat((values, agent(rollout.obs[-1])[1])).view(rollout.obs.shape[:2])
+    values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2])
     values, next_values = values[:-1].cpu().numpy(), values[1:].clone().cpu().numpy()
     if rollout.final_obs:  # where an episode was cut: its real last observation
-        final_values = agent(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))[1]
+        final_values = agent.value(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))
         next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
     rewards = rollout.rewards
     if args.norm_reward:
@@ -341,12 +345,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
+            policy, values = agent(obs)
+            old_log_prob, _ = log_prob_and_entropy(policy, actions)
             for epoch in range(args.update_epochs):
+                if epoch > 0 and args.recompute_advantages:
+                    values = agent.value(obs)
                 if epoch == 0 or args.recompute_advantages:
-                    policy, values = agent(obs)
                     advantages, targets = estimate(agent, rollout, values, args)
-                if epoch == 0:
-                    old_log_prob, _ = log_prob_and_entropy(policy, actions)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
                 for indices in order.split(size)[: batch_size // size]:  # drops the remainder
