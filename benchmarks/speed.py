@@ -66,6 +66,7 @@ def speed(
     threads: int = 1,
     peer: Literal["stable_baselines3", "sbx", "torchrl"] = "stable_baselines3",
     repeats: int = 3,
+    flags: str = "",
     output: Path | None = None,
 ) -> None:
     """Steps per second of a script and of a peer with its settings, in turn.
@@ -85,6 +86,7 @@ def speed(
         peer: Stable-Baselines3; SBX, which is the same on JAX (pip install sbx-rl); or for
             ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl).
         repeats: measurements of each, alternating.
+        flags: more flags for the script alone: --flags=--bf16.
         output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
     """
     atari = find_game(env_id or WORK[script].env_id) is not None
@@ -107,7 +109,7 @@ def speed(
             setting |= OFF_POLICY
         ours, peers = [], []
         for i in range(repeats):
-            measured, config = clock_script(setting, threads, work.flags)
+            measured, config = clock_script(setting, threads, f"{work.flags} {flags}")
             ours.append(measured)
             if beside:
                 where = {"threads": threads, "device": config["machine"]["device"]}

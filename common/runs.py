@@ -276,7 +276,7 @@ class Run:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         auto = " (the faster here)" if args.device == "auto" else ""
-        mode = "compiled" if args.compile else "eager"
+        mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
         how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
         print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
         if atari.find_game(args.env_id):
@@ -295,6 +295,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if self.step == self.last_step:
+            self.parts["envs"].close()
             tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()

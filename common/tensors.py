@@ -79,9 +79,32 @@ def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
     return {name: chunk.view(named[name].shape) for name, chunk in zip(named, chunks)}
 
 
-def call(module: nn.Module, parameters: torch.Tensor, *inputs: torch.Tensor):
-    """Call `module` with pieces of the vector `parameters` [P] in place of its own."""
-    return functional_call(module, unflatten(parameters, module), inputs)
+def functional(module: nn.Module, bf16: bool) -> Callable:
+    """Return `module` as a function of a vector of its parameters [P] and of its inputs.
+
+    With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
+    """
+
+    def call(parameters: torch.Tensor, *inputs: torch.Tensor):
+        with torch.autocast(parameters.device.type, torch.bfloat16, enabled=bf16):
+            return functional_call(module, unflatten(parameters, module), inputs)
+
+    return call
+
+
+class Network(nn.Sequential):
+    """Layers of which the last one computes in float32, also where the others do in bfloat16.
+
+    Its outputs, rounded to 8 bits, would hide small errors in large values.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map inputs of the first layer to outputs of the last."""
+        *hidden, last = self
+        for layer in hidden:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return last(x.float() if x.dtype == torch.bfloat16 else x)
 
 
 class FlatAdam(nn.Module):

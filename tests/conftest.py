@@ -18,10 +18,30 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
+import dqn_atari  # noqa: E402
 import ppo_continuous  # noqa: E402
 import ppo_discrete  # noqa: E402
+import sac_continuous  # noqa: E402
 from common import runs  # noqa: E402
 from common.checkpoint import load_checkpoint  # noqa: E402
+
+# short runs of everything that is learned with
+PPO = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
+PPO |= {"norm_obs": True, "norm_reward": True}
+REPLAY = {"num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size": 8}
+REPLAY |= {"log_every": 20, "checkpoint_replay": True}
+DQN = REPLAY | {"double": True, "dueling": True, "prioritized": True, "n_step": 3}
+PIXELS = {"env_id": "pixel_envs:SmallCatch-v0", "max_grad_norm": 1.0}
+CASES = {
+    "ppo": (ppo_continuous, PPO | {"env_id": "Pendulum-v1"}),
+    "ppo-squash": (ppo_continuous, PPO | {"env_id": "Pendulum-v1", "squash": True}),
+    "ppo-discrete": (ppo_discrete, PPO | {"env_id": "CartPole-v1", "target_kl": 1.0}),
+    "ppo-atari": (ppo_discrete, PPO | {"env_id": "ALE/Breakout-v5", "norm_obs": False}),
+    "sac": (sac_continuous, REPLAY | {"env_id": "Pendulum-v1", "hidden_sizes": (32, 32)}),
+    "dqn": (dqn_atari, REPLAY | PIXELS),
+    "dqn-all": (dqn_atari, DQN | PIXELS),
+}
+each_case = pytest.mark.parametrize("script, options", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(params=[ppo_continuous, ppo_discrete], ids=lambda module: module.SCRIPT)

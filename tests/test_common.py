@@ -12,7 +12,7 @@ from conftest import assert_same
 from common import envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.seeding import STREAMS, env_seed, stream_seed
-from common.tensors import call, flatten_parameters
+from common.tensors import flatten_parameters, functional
 from ppo_continuous import Args
 
 MUJOCO = [
@@ -256,7 +256,7 @@ def test_a_compiled_graph_takes_the_vector_and_not_its_views_too():
     flat, x = flatten_parameters(module), torch.ones(1, 3)
 
     def step(parameters, x):
-        y = call(module, parameters, x)
+        y = functional(module, bf16=False)(parameters, x)
         parameters -= 1
         return y
 

@@ -691,7 +691,9 @@ LEARN |= {"eval_episodes": 50, "eval_e": 0.0, "compile": False, "run_dir": "r"}
         ("SmallCatch", ALL),
         *(
             pytest.param("SmallCatch", {name: value}, marks=SLOW, id=name)
-            for name, value in (ALL | {"loss": "huber", "max_grad_norm": 10.0}).items()
+            for name, value in (
+                ALL | {"loss": "huber", "max_grad_norm": 10.0, "bf16": True}
+            ).items()
         ),
     ],
 )
@@ -708,7 +710,9 @@ def test_learns_to_catch(env_id, options):
     assert {"losses/td_loss", "losses/q_values", "charts/epsilon"} <= logged.keys()
 
 
-@pytest.mark.parametrize("options", [{}, ALL | {"compile": True}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, ALL | {"compile": True, "bf16": True}], ids=["plain", "all"]
+)
 def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options

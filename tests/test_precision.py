@@ -1,0 +1,72 @@
+"""--bf16: products in bfloat16, all else as ever."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import each_case, scalars
+
+from common.tensors import Network, flatten_parameters, functional
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """To the nearest numbers with 8 bits, as float64; by NumPy."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+
+
+@torch.no_grad()
+def test_hidden_layers_round_and_the_last_one_does_not():
+    """Against the same network in float64, rounded where bfloat16 is."""
+    torch.manual_seed(0)
+    network, x = Network(nn.Linear(24, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(64, 24)
+    w1, b1, w2, b2 = (p.detach().double().numpy().copy() for p in network.parameters())
+    parameters = flatten_parameters(network)
+
+    hidden = np.maximum(rounded(rounded(x.double().numpy()) @ rounded(w1).T + rounded(b1)), 0)
+    got = functional(network, bf16=True)(parameters, x)
+    assert got.dtype == torch.float32
+    expected = hidden @ w2.T + b2
+    # sums on the edge between two numbers may round to the other
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    assert np.abs(got.numpy() - expected).mean() < 1e-5
+
+    exact = functional(network, bf16=False)(parameters, x)
+    assert torch.equal(exact, network(x))
+    assert 1e-4 < (got - exact).abs().mean() < 1e-2
+
+
+@torch.no_grad()
+def test_gradients_of_the_last_layer_are_not_rounded():
+    """Neither are errors: of a large value, a small one."""
+    network = Network(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+    parameters = flatten_parameters(network)
+    parameters.copy_(torch.tensor([1.0, 0.0, 1000.0, 0.5]))
+    error = functional(network, bf16=True)(parameters, torch.ones(1, 1)) - 1000.25
+    assert error.item() == 0.25  # in bfloat16 1000.5 is 1000
+    gradient = torch.func.grad(
+        lambda p: functional(network, bf16=True)(p, torch.ones(1, 1)).sum() * (1 + 2**-20)
+    )(parameters)
+    assert gradient[3] == 1 + 2**-20
+
+
+@each_case
+def test_learns_from_nearly_the_same_losses_in_bfloat16(script, options):
+    """Whole runs: the losses that are logged first, and weights that stay float32."""
+    logged, weights = {}, {}
+    for bf16 in (False, True):
+        args = {"bf16": bf16, "compile": False, "total_timesteps": 128, "eval_episodes": 1}
+        run_dir = script.train(script.Args(**options | args, run_dir=f"r{bf16}"))
+        logged[bf16] = scalars(Path(run_dir))
+        weights[bf16] = script.load_agent(run_dir).state_dict()
+    tags = [tag for tag in logged[False] if tag.startswith("losses/")]
+    assert logged[False].keys() == logged[True].keys() and tags
+    for tag in tags:
+        (step, value), (other_step, other) = (logged[bf16][tag][0] for bf16 in (False, True))
+        assert step == other_step and other == pytest.approx(value, rel=0.05, abs=5e-3), tag
+    assert any(logged[False][tag][0] != logged[True][tag][0] for tag in tags)
+    for name, weight in weights[True].items():
+        assert weight.dtype == weights[False][name].dtype
+    assert any(not torch.equal(weights[True][name], x) for name, x in weights[False].items())
