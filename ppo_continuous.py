@@ -47,7 +47,7 @@ class Args:
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     bf16: bool = False
-    """learn in mixed precision with bfloat16: faster with images, or layers of 256 units"""
+    """learn in mixed precision: faster with images or 256 units, on hardware that has bfloat16"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "single-file-rl"

@@ -295,12 +295,13 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if self.step == self.last_step:
-            self.parts["envs"].close()
             tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.step == self.last_step:
+            self.parts["envs"].close()
         if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             print(f"ended by {error!r:.200}", file=sys.stderr)
             self._leave()

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 # Gauss-Hermite quadrature: the mean of f(z) over a standard normal z is f(NODES) @ WEIGHTS
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -83,11 +84,15 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
     """Return `module` as a function of a vector of its parameters [P] and of its inputs.
 
     With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
+    Outputs are float32.
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
-        with torch.autocast(parameters.device.type, torch.bfloat16, enabled=bf16):
+        if not bf16:
             return functional_call(module, unflatten(parameters, module), inputs)
+        with torch.autocast(parameters.device.type, torch.bfloat16):
+            outputs = functional_call(module, unflatten(parameters, module), inputs)
+        return tree_map_only(torch.Tensor, lambda x: x.float(), outputs)
 
     return call
 
@@ -103,8 +108,10 @@ class Network(nn.Sequential):
         *hidden, last = self
         for layer in hidden:
             x = layer(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            return last(x)
         with torch.autocast(x.device.type, enabled=False):
-            return last(x.float() if x.dtype == torch.bfloat16 else x)
+            return last(x.float())
 
 
 class FlatAdam(nn.Module):

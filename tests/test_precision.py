@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import each_case, scalars
 
+import dqn_atari
+import ppo_continuous
+import ppo_discrete
+import sac_continuous
 from common.tensors import Network, flatten_parameters, functional
 
 
@@ -52,12 +57,68 @@ def test_gradients_of_the_last_layer_are_not_rounded():
     assert gradient[3] == 1 + 2**-20
 
 
+def test_every_network_of_the_scripts_is_one_whose_last_layer_does_not_round():
+    box, buttons = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(3)
+    for shape, script, action_space, parts in (
+        ((5,), ppo_continuous, box, "actor critic"),
+        ((5,), ppo_discrete, buttons, "actor critic"),
+        ((4, 84, 84), ppo_discrete, buttons, "actor critic"),
+        ((5,), sac_continuous, box, "actor critic target"),
+        ((4, 84, 84), dqn_atari, buttons, "critic.advantage critic.state_value target.advantage"),
+    ):
+        options = {"dueling": True} if script is dqn_atari else {}
+        agent = script.Agent(shape, action_space, script.Args(**options))
+        for name in parts.split():
+            assert isinstance(agent.get_submodule(name), Network), (script, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_of_another_kind_rounds_and_returns_float32(compiled):
+    """A user's own: in the loss nothing is to meet bfloat16. Inputs of any structure are returned."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return (self.layer(x), "as it was"), x
+
+    own = Own()
+    parameters = flatten_parameters(own)
+    parameters.copy_(torch.tensor([1000.0, 0.5]))
+    call = functional(own, bf16=True)
+    call = torch.compile(call, backend="eager", fullgraph=True) if compiled else call
+    (value, text), x = call(parameters, torch.ones(1, 1))
+    assert value.item() == 1000 and text == "as it was" and value.dtype == x.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_without_the_flag_a_graph_has_no_trace_of_it():
+    """Autocast in a graph, even if disabled, keeps PyTorch from storing what it compiled."""
+    network, seen = Network(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), {}
+    parameters = flatten_parameters(network)
+    for bf16 in (False, True):
+
+        def backend(graph, inputs, bf16=bf16):
+            seen[bf16] = str(graph.graph)
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(functional(network, bf16), backend=backend, fullgraph=True)(
+            parameters, torch.ones(1, 2)
+        )
+    assert "autocast" in seen[True] and "autocast" not in seen[False]
+
+
 @each_case
 def test_learns_from_nearly_the_same_losses_in_bfloat16(script, options):
     """Whole runs: the losses that are logged first, and weights that stay float32."""
     logged, weights = {}, {}
     for bf16 in (False, True):
         args = {"bf16": bf16, "compile": False, "total_timesteps": 128, "eval_episodes": 1}
+        args |= {"log_every": 2} if "log_every" in options else {}  # before any weight differs
         run_dir = script.train(script.Args(**options | args, run_dir=f"r{bf16}"))
         logged[bf16] = scalars(Path(run_dir))
         weights[bf16] = script.load_agent(run_dir).state_dict()

@@ -27,25 +27,24 @@ SHORT |= {"eval_episodes": 2, "compile": False}
 
 
 @pytest.mark.parametrize(
-    "script, env_id, num_envs, compiled",
+    "script, env_id, num_envs, options",
     [
-        ("ppo_continuous.py", "Hopper-v5", 4, True),
-        ("ppo_continuous.py", "HalfCheetah-v5", 1, False),
-        ("ppo_continuous.py", "Pendulum-v1", 4, False),
-        ("ppo_continuous.py", "MountainCarContinuous-v0", 1, False),
-        ("ppo_continuous.py", "toy_envs:Opaque-v0", 4, False),
-        ("ppo_discrete.py", "CartPole-v1", 4, True),
-        ("ppo_discrete.py", "Acrobot-v1", 1, False),
+        ("ppo_continuous.py", "Hopper-v5", 4, {"compile": True}),
+        ("ppo_continuous.py", "HalfCheetah-v5", 1, {}),
+        ("ppo_continuous.py", "Pendulum-v1", 4, {}),
+        ("ppo_continuous.py", "MountainCarContinuous-v0", 1, {}),
+        ("ppo_continuous.py", "toy_envs:Opaque-v0", 4, {}),
+        ("ppo_discrete.py", "CartPole-v1", 4, {"compile": True, "bf16": True}),
+        ("ppo_discrete.py", "Acrobot-v1", 1, {}),
     ],
 )
 def test_killed_and_resumed_ends_as_if_never_stopped(
-    run, tmp_path, script, env_id, num_envs, compiled
+    run, tmp_path, script, env_id, num_envs, options
 ):
     """SIGKILL at random moments; the same weights to the last bit, the same scalars."""
     arguments = SHORT | {
         "env_id": env_id,
         "num_envs": num_envs,
-        "compile": compiled,
         "total_timesteps": 64 * num_envs * 60,
         "checkpoint_every": 64 * num_envs * 3,
         "eval_every": 64 * num_envs * 20,
@@ -53,7 +52,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(
         "norm_obs": True,
         "norm_reward": True,
     }
-    assert_killed_ends_as_whole(script, arguments, 2, tmp_path, run)
+    assert_killed_ends_as_whole(script, arguments | options, 2, tmp_path, run)
 
 
 def test_killed_while_writing_a_checkpoint(run, tmp_path):

@@ -582,10 +582,14 @@ def test_learns_to_swing_a_pendulum_up(options):
     assert evaluated > -200
 
 
-@pytest.mark.parametrize("num_envs, compiled", [(1, False), (2, False), (1, True)])
-def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, num_envs, compiled):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_envs": 2, "compile": True, "bf16": True}, {"compile": True}],
+    ids=["eager", "bf16", "compiled"],
+)
+def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
-    options = SHORT | {"num_envs": num_envs, "compile": compiled, "buffer_size": 500, "seed": 3}
+    options = SHORT | {"buffer_size": 500, "seed": 3} | options
     options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1800}
     options |= {"env_id": "Pendulum-v1"}
     assert_killed_ends_as_whole("sac_continuous.py", options, 2, tmp_path)
