@@ -75,7 +75,7 @@ def test_every_network_of_the_scripts_is_one_whose_last_layer_does_not_round():
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_network_of_another_kind_rounds_and_returns_float32(compiled):
-    """A user's own: in the loss nothing is to meet bfloat16. Inputs of any structure are returned."""
+    """A user's own: in the loss nothing is to meet bfloat16. Outputs may be nested."""
 
     class Own(nn.Module):
         def __init__(self):
