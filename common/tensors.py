@@ -84,7 +84,7 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
     """Return `module` as a function of a vector of its parameters [P] and of its inputs.
 
     With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
-    Outputs are float32.
+    Its outputs are float32 all the same.
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
