@@ -23,6 +23,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resum
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
+SUSPENDED = 600  # seconds without an event; what runs logs far more often
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 
@@ -77,11 +78,15 @@ def read_run(run_dir: Path) -> Result:
 
 
 def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
-    """Seconds from the first event to each, without the pauses of a run that was resumed."""
+    """Seconds from the first event to each, without the pauses of a run.
+
+    A run that was resumed has another file; one that was suspended logs nothing for long.
+    """
     sessions = []
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        if times := [event.wall_time for event in EventFileLoader(str(path)).Load()]:
-            sessions.append((min(times), max(times)))
+        times = np.sort([event.wall_time for event in EventFileLoader(str(path)).Load()])
+        parts = np.split(times, np.flatnonzero(np.diff(times) > SUSPENDED) + 1)
+        sessions += [(part[0], part[-1]) for part in parts if len(part)]
     times = np.array(wall_times)
     seconds = times - sessions[0][0] if sessions else times
     for (_, stopped), (resumed, _) in pairwise(sessions):

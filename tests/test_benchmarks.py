@@ -168,7 +168,8 @@ def test_the_command_is_kept_without_what_says_only_where():
 
 def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
     sessions = {"events.out.tfevents.1": (100, 110), "events.out.tfevents.2": (1000, 1003)}
-    sessions |= {"events.out.tfevents.3": (2000, 2001)}
+    quiet = results.SUSPENDED
+    sessions |= {"events.out.tfevents.3": (2000, 2001, 2001 + quiet, 9000, 9004)}
     for name in sessions:
         (tmp_path / name).touch()
 
@@ -178,8 +179,9 @@ def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(results, "EventFileLoader", load)
-    seconds = results._seconds(tmp_path, [101, 109, 1001, 1003, 2001])
-    assert seconds.tolist() == [1, 9, 11, 13, 14]
+    times = [101, 109, 1001, 1003, 2001, 2001 + quiet, 9000, 9004]
+    seconds = results._seconds(tmp_path, times)
+    assert seconds.tolist() == [1, 9, 11, 13, 14, 14 + quiet, 14 + quiet, 18 + quiet]
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
