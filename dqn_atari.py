@@ -354,7 +354,7 @@ class Replay:
         self.shown = None if state["shown"] is None else state["shown"].numpy()
         self.tree.leaves.copy_(state["leaves"])
         self.tree.sums.copy_(state["sums"])
-        self.max_priority = state["max_priority"].to(self.max_priority)
+        self.max_priority.copy_(state["max_priority"])
 
 
 def linear_schedule(start: float, end: float, progress: float) -> float:

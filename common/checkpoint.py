@@ -21,9 +21,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, to the CPU, or end with one line that says why not."""
+    """Read what save_checkpoint wrote, to the CPU, or end with one line that says why not.
+
+    Tensors are mapped, not read: a large replay takes no memory until it is copied.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a dozen types: cut short, not a zip file, a refused class, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         fail(f"{path} is empty, damaged or not a checkpoint ({reason})")

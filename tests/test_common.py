@@ -1,5 +1,6 @@
 """Environments, seeding, checkpoints and parameters."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -203,6 +204,22 @@ def test_every_episode_has_a_seed_of_its_own():
     a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4
     np.testing.assert_array_equal(more[:2], a)
+
+
+def test_what_is_loaded_takes_memory_only_where_it_is_copied_to(tmp_path):
+    """A replay of 7 GB would be there twice, when its run is resumed or evaluated."""
+    path, status = tmp_path / "checkpoint.pt", Path("/proc/self/status")
+
+    def anonymous():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    save_checkpoint(path, {"replay": torch.ones(2**24)})  # 64 MiB
+    before = anonymous() if status.exists() else 0
+    replay = load_checkpoint(path)["replay"]
+    save_checkpoint(path, {"replay": torch.zeros(2)})  # of a run that goes on
+    assert replay.sum() == 2**24
+    assert not status.exists() or anonymous() - before < 16
 
 
 class Evil:
