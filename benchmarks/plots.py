@@ -30,7 +30,8 @@ def plot(
     profile (rliable), of scores (x - random) / (published - random).
 
     Args:
-        suites: names under benchmarks/results/ or under the run folder, or folders; by default all.
+        suites: names under benchmarks/results/ or under the run folder, or folders; by default
+            all of `run`.
         run_dir: folder of the suites' runs.
         redraw: also draw pictures that show these results already.
     """
@@ -76,11 +77,11 @@ def _shows(path: Path) -> str | None:
         return image.text.get("Description")
 
 
-def _axes(count: int, **options) -> tuple:
+def _axes(count: int) -> tuple:
     """Return a figure and `count` axes, at most four side by side."""
     columns = min(4, count)
     rows = -(-count // columns)
-    options |= {"figsize": (3.4 * columns + 0.2, 2.8 * rows + 0.4), "layout": "constrained"}
+    options = {"figsize": (3.4 * columns + 0.2, 2.8 * rows + 0.4), "layout": "constrained"}
     figure, axes = _pyplot().subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -198,7 +199,9 @@ def normalised(by_env: dict[str, list[Result]]) -> tuple[dict[str, list[float]],
     random, scores, missing = random_returns.read(), {}, []
     for env_id, found in by_env.items():
         known = results.published(found[0].config)
-        if known is None:
+        if unfinished := sum("evaluation" not in result.config for result in found):
+            missing.append(f"{env_id}: {unfinished} of {len(found)} runs are not finished")
+        elif known is None:
             missing.append(f"{env_id}: nothing is published for these steps")
         elif env_id not in random:
             missing.append(f"{env_id}: python -m benchmarks random --env-ids {env_id}")
@@ -309,8 +312,8 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> tuple[str, s
     means = [np.mean(side) for side in values]
     sentence = f"return {means[0]:,.1f} and {means[1]:,.1f} ({len(a)} and {len(b)} seeds), "
     sentence += f"difference {means[1] - means[0]:+,.1f}"
-    if len(a) == len(b) == 1:
-        return "open", sentence + "; of how far seeds lie apart one on each side says nothing"
+    if min(len(a), len(b)) == 1 and np.ptp(max(values, key=len)) == 0:
+        return "open", sentence + "; of how far seeds lie apart that says nothing"
     low, high = difference(*values, level)
     sentence += f", {100 * level:.3g}% interval {low:+,.1f} to {high:+,.1f}"
     return "better" if low > 0 else "worse" if high < 0 else "open", sentence
@@ -332,7 +335,7 @@ def difference(a: list[float], b: list[float], level: float) -> tuple[float, flo
     except ImportError:
         fail(f"intervals need scipy: {INSTALL}")
     apart = np.mean(b) - np.mean(a)
-    if np.ptp(a) == np.ptp(b) == 0:
+    if min(len(a), len(b)) > 1 and np.ptp(a) == np.ptp(b) == 0:
         low = high = apart
     elif min(len(a), len(b)) > 1:
         low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
@@ -352,5 +355,5 @@ def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
     ]
     if not told:
         return f"{b} cannot be told from {a}."
-    rest = sum(len(env_ids) for word, env_ids in judged.items() if word not in ("better", "worse"))
+    rest = len(judged.get("open", ()))
     return f"{b} is {' and '.join(told)} than {a}{f', and undecided on {rest}' * (rest > 0)}."

@@ -34,6 +34,8 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
 
     from common.envs import play
 
+    if episodes < 1:
+        fail(f"--episodes {episodes}: must be at least 1")
     every = {env_id for suite in SUITES.values() for _, env_id, _ in suite.runs}
     rows = {}
     if FILE.exists():

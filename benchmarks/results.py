@@ -26,6 +26,10 @@ COLUMNS = ("step", "seconds", "return", "length")
 SUSPENDED = 600  # seconds without an event; what runs logs far more often
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
+# arguments in which runs may differ that are called seeds of one thing
+LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
+LIKE |= {"eval_every", "eval_episodes", "capture_video"}
+LIKE |= {"track", "wandb_project_name", "wandb_entity"}
 
 
 class Result(NamedTuple):
@@ -57,15 +61,18 @@ class Published(NamedTuple):
 
 def read_run(run_dir: Path) -> Result:
     """Read a run folder; if the run is finished, `config` also has its evaluation and wall time."""
+    config = read_config(run_dir / "config.json")
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    config = json.loads((run_dir / "config.json").read_text())
     args, known = config["args"], reader.Tags()["scalars"]
     tags = ("charts/episodic_return", "charts/episodic_length", "charts/SPS")
     tags += ("eval/episodic_return",)
     scalars = [reader.Scalars(tag) if tag in known else [] for tag in tags]
     returns, lengths, progress, evaluations = scalars
     seconds = _seconds(run_dir, [event.wall_time for event in returns + progress])
-    boundary = args["total_timesteps"] - args["num_envs"] * args.get("num_steps", 1)
+    total = args["total_timesteps"]
+    if progress and progress[-1].step > total:
+        fail(f"{run_dir} was extended beyond the {total:,} steps of its command: run it anew")
+    boundary = total - args["num_envs"] * args.get("num_steps", 1)
     if evaluations and progress and evaluations[-1].step == progress[-1].step > boundary:
         config["evaluation"] = {"step": progress[-1].step, "return": evaluations[-1].value}
         config["evaluations"] = [[event.step, event.value] for event in evaluations]
@@ -94,15 +101,25 @@ def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
     return seconds
 
 
+def read_config(path: Path) -> dict:
+    """Read what a run's folder, or `write`, says of what made it."""
+    try:
+        config = json.loads(path.read_text())
+        _ = config["script"], config["command"], config["args"]["env_id"], config["args"]["seed"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        fail(f"{path} is not of a run of these scripts ({error!r})")
+    return config
+
+
 def read_csv(path: Path) -> Result:
     """Read what `write` wrote."""
     try:
         with path.open() as file:
             rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
-        config = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         fail(f"{path} is not a result of these benchmarks ({error!r})")
-    return Result(config, *np.array(rows).reshape(-1, len(COLUMNS)).T)
+    columns = np.array(rows).reshape(-1, len(COLUMNS)).T
+    return Result(read_config(path.with_suffix(".json")), *columns)
 
 
 def read_folder(path: Path) -> dict[str, list[Result]]:
@@ -119,8 +136,10 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
     for env_id, same in by_env.items():
-        kinds = {(result.config["script"], result.total) for result in same}
-        if len(kinds) > 1 or len({result.config["args"]["seed"] for result in same}) < len(same):
+        scripts, args = {x.config["script"] for x in same}, [x.config["args"] for x in same]
+        flags = [(name, value) for x in args for name, value in x.items() if name not in LIKE]
+        unlike = any(args[0].get(name, value) != value for name, value in flags)
+        if len(scripts) > 1 or unlike or len({x["seed"] for x in args}) < len(same):
             fail(f"{path} has runs of {env_id} that differ in more than their seed: name fewer")
     return by_env
 
@@ -139,11 +158,12 @@ def write(run_dir: Path, path: Path) -> dict:
     config = result.config | (json.loads(usage.read_text()) if usage.exists() else {})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n")
-    with path.open("w", newline="") as file:
+    with (whole := path.with_suffix(".writing")).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for step, seconds, value, length in zip(*result[1:], strict=True):
             writer.writerow((int(step), f"{seconds:.1f}", f"{value:.6g}", int(length)))
+    whole.replace(path)
     return config
 
 
@@ -173,7 +193,7 @@ def export(
     for path in run_dirs:
         if not (path / "config.json").is_file():
             fail(f"{path} is not a run folder: it has no config.json")
-        config = json.loads((path / "config.json").read_text())
+        config = read_config(path / "config.json")
         args, made_by = config["args"], command(config)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
         files[path] = file = folder / f"{args['seed']}.csv"
@@ -211,11 +231,6 @@ def write_json(content: dict, path: Path) -> None:
     print(path)
 
 
-def last_returns(path: Path, episodes: int = 100) -> float:
-    """Return the mean training return of the last episodes of a CSV file that `export` wrote."""
-    return float(np.mean(read_csv(path).last(episodes)))
-
-
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the 95% bootstrap interval of the mean, which is narrow where values are few."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
@@ -249,7 +264,7 @@ def table(suite: Positional[str] = "ppo_continuous") -> None:
     Args:
         suite: a folder under results/.
     """
-    if not (FOLDER / suite).is_dir():
+    if not any((FOLDER / suite).rglob("*.csv")):
         fail(
             f"no results of {suite}: python -m benchmarks run {suite}, then export --suite {suite}"
         )

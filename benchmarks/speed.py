@@ -92,8 +92,10 @@ def speed(
     atari = find_game(env_id or WORK[script].env_id) is not None
     if peer == "torchrl" and (script != "ppo_continuous" or set(num_envs) - {1}):
         fail("--peer torchrl: goes with ppo_continuous and one environment")
-    if repeats < 1:
-        fail(f"--repeats {repeats}: must be at least 1")
+    counts = [("repeats", repeats), ("threads", threads), *(("num-envs", x) for x in num_envs)]
+    for name, value in counts:
+        if value < 1:
+            fail(f"--{name} {value}: must be at least 1")
     work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
     beside = importlib.util.find_spec(peer) is not None

@@ -52,9 +52,14 @@ def test_the_readmes_tables_and_commands_are_those_that_the_results_give(suite):
 
 def test_the_readmes_other_figures_are_those_of_the_committed_files():
     readme = (ROOT / "README.md").read_text()
-    for path in results.FOLDER.glob("tutorial_*/*/*.json"):
-        figure = json.loads(path.read_text())["evaluation"]["return"]
-        assert f"{figure:,.0f}" in readme
+    for name, words in (
+        ("tutorial_50k", "After 50,000 steps, seeds 1 to 10:"),
+        ("tutorial_50k_bf16", "with `--bf16`"),
+        ("tutorial_150k", "After 150,000, seeds 1 to 3:"),
+    ):
+        (found,) = results.read_folder(results.FOLDER / name).values()
+        *others, last = (f"{result.config['evaluation']['return']:,.0f}" for result in found)
+        assert f"{words} {', '.join(others)} and {last}" in " ".join(readme.split())
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4").values()
     humanoid = np.mean([result.last().mean() for result in found])
     assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
@@ -72,14 +77,25 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())["mib"]
     *_, full, later = measured.values()
     assert f"{full:,} MiB of memory, and\n{later:,} after" in readme
+
+
+def test_the_readmes_speeds_are_those_of_the_committed_files():
+    table = (ROOT / "README.md").read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
+    told, measured, script, work = [], [], "", ""
+    for line in table.splitlines()[1:]:
+        new_script, new_work, *columns = (x.strip(" `") for x in line.strip("|").split("|"))
+        script, work = new_script or script, new_work or work
+        told.append((script, "--bf16" in work, *columns))
     for path in results.FOLDER.glob("speed_*.json"):
         content = json.loads(path.read_text())
-        for measured in content.get("measurements", [content]):
-            ratios = measured["ratios"]
-            series = [x for x in measured.values() if isinstance(x, dict)]
-            rates = [np.median(x["steps_per_second"]) for x in series]
-            spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            assert f"{rates[0]:,.0f} | {rates[1]:,.0f} | {spread}" in readme
+        (found,) = content["measurements"]
+        ratios = found["ratios"]
+        rates = [np.median(x["steps_per_second"]) for x in found.values() if isinstance(x, dict)]
+        row = f"{content['script']}.py", "--bf16" in found["command"]
+        row += (str(content["num_threads"]), *(f"{rate:,.0f}" for rate in rates))
+        row += (f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",)
+        measured.append(row)
+    assert sorted(told) == sorted(measured)
 
 
 def test_the_readmes_pictures_are_drawn_from_the_committed_files():
@@ -109,9 +125,10 @@ def test_committed_results_say_how_they_were_made():
 
 @pytest.mark.parametrize("suite", COMMITTED)
 def test_no_seed_of_committed_results_is_left_out(suite):
+    count = {"ppo_continuous": 5, "ppo_discrete": 5}.get(suite, 1)
     for found in results.read_folder(results.FOLDER / suite).values():
         seeds = [result.config["args"]["seed"] for result in found]
-        assert seeds == list(range(1, len(seeds) + 1))
+        assert seeds == list(range(1, count + 1))
 
 
 def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
@@ -123,7 +140,7 @@ def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
     assert random_returns.read() == {"CartPole-v1": pytest.approx(known["CartPole-v1"], abs=5)}
 
 
-def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
+def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     args = ppo.Args(
         env_id="InvertedPendulum-v5",
@@ -141,7 +158,8 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     expected = scalars(tmp_path / "r")["charts/episodic_return"]
     assert [(int(row["step"]), float(row["return"])) for row in rows] == expected
-    assert results.last_returns(path) == pytest.approx(np.mean([x for _, x in expected[-100:]]))
+    last = np.mean([x for _, x in expected[-100:]])
+    assert results.read_csv(path).last().mean() == pytest.approx(last)
     times = [float(row["seconds"]) for row in rows]
     assert times == sorted(times) and times[0] >= 0
     config = json.loads(path.with_suffix(".json").read_text())
@@ -153,10 +171,18 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):  # what is there is of another command
         results.export([ppo.train(dataclasses.replace(args, run_dir="other", squash=True))])
     assert results.read_folder(path.parent)["InvertedPendulum-v5"][0].config == config
+    assert "is of another command" in capsys.readouterr().err
     args = dataclasses.replace(args, run_dir="unfinished")
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
     with pytest.raises(SystemExit):
-        results.export([ppo.train(args)])
+        results.export([ppo.train(args)], name="unfinished")
+    assert "unfinished is not finished; --resume" in capsys.readouterr().err
+    config = json.loads(Path("r/config.json").read_text())
+    config["args"]["total_timesteps"] = 512  # as if it had been extended with --resume
+    Path("r/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        results.export([Path("r")])
+    assert "extended beyond the 512 steps" in capsys.readouterr().err
 
 
 def test_the_command_is_kept_without_what_says_only_where():
@@ -184,13 +210,13 @@ def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
     assert seconds.tolist() == [1, 9, 11, 13, 14, 14 + quiet, 14 + quiet, 18 + quiet]
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+@pytest.mark.parametrize("seeds, share", [(5, 0.84), (50, 0.94)])
+def test_interval_covers_the_mean_as_often_as_the_readme_says(seeds, share):
     rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        low, high = results.interval(rng.normal(3.0, 1.0, 20).tolist())
-        hits += low <= 3.0 <= high
-    assert 0.85 < hits / 200 <= 0.99
+    samples = rng.normal(3.0, 1.0, (400, seeds))
+    hits = sum(low <= 3.0 <= high for low, high in map(results.interval, samples))
+    assert abs(hits / 400 - share) < 0.04
+    assert f"nearer {100 * 0.84:.0f}%" in (ROOT / "README.md").read_text()
 
 
 def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episodes=300):
@@ -330,7 +356,13 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     assert "d is worse on Hopper-v5" in capsys.readouterr().out
     plots.compare(Path("c"), Path("d"))
     out = capsys.readouterr().out
-    assert "one on each side says nothing" in out and "d cannot be told from c" in out
+    assert "how far seeds lie apart that says nothing" in out and "d cannot be told from c" in out
+    for seed in (1, 2):
+        result = make_result("Hopper-v5", seed)
+        result.returns[:] = 500.0  # as CartPole's
+        write_result(result, Path("flat"))
+    plots.compare(Path("flat"), Path("d"))
+    assert "d cannot be told from flat" in capsys.readouterr().out
     for env_id, level in (("HalfCheetah-v5", 1442.64), ("Hopper-v5", 1000.0)):
         for seed in (4, 5, 6):
             write_result(make_result(env_id, seed, level + 100 * (seed - 5)), Path("e"))
@@ -374,6 +406,30 @@ def test_runs_that_are_unlike_are_not_compared(suite, capsys):
     with pytest.raises(SystemExit):
         results.read_folder(Path("foreign.csv"))
     assert "foreign.csv is not a result of these benchmarks" in capsys.readouterr().err
+    Path("foreign.csv").write_text(",".join(results.COLUMNS) + "\n1,2\n")  # cut short
+    with pytest.raises(SystemExit):
+        results.read_folder(Path("foreign.csv"))
+    assert "foreign.csv is not a result of these benchmarks" in capsys.readouterr().err
+    Path("foreign.csv").write_text(",".join(results.COLUMNS) + "\n1,2,3,4\n")
+    for content in ("{", "[]", "{}", '{"args": {}}'):
+        Path("foreign.json").write_text(content)
+        with pytest.raises(SystemExit):
+            results.read_folder(Path("foreign.csv"))
+        assert "foreign.json is not of a run of these scripts" in capsys.readouterr().err
+
+
+def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
+    first, second = (make_result(seed=seed) for seed in (1, 2))
+    first.config["args"] |= {"learning_rate": 0.1, "num_threads": 1}
+    second.config["args"] |= {"learning_rate": 0.1, "num_threads": 2, "newer": True}
+    for result in (first, second):
+        write_result(result, tmp_path)
+    assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
+    second.config["args"]["learning_rate"] = 0.2
+    write_result(second, tmp_path)
+    with pytest.raises(SystemExit):
+        results.read_folder(tmp_path)
+    assert "differ in more than their seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", [(5, 5), (3, 3), (3, 5), (1, 5), (4, 1)])
@@ -386,7 +442,6 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         low, high = plots.difference(a, b, 0.95)
         hits += low <= 1.0 <= high
     assert 0.915 < hits / 400 < 0.985
-    assert plots.difference([2.0, 2.0], [3.0], 0.95) == (1.0, 1.0)
     assert plots.difference([2.0, 2.0], [2.0, 2.0], 0.95) == (0.0, 0.0)
 
 
@@ -402,6 +457,8 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("export nowhere", "nowhere is not a run folder"),
         ("export", "name run folders"),
         ("speed --repeats 0", "--repeats 0"),
+        ("speed --num-envs 0", "--num-envs 0"),
+        ("random --episodes 0", "--episodes 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
         ("random --env-ids Nope-v0", "--env-ids Nope-v0: "),
         ("compare nowhere file", "there is no nowhere"),
