@@ -160,7 +160,7 @@ class QNetwork(nn.Module):
 
 
 class Agent(nn.Module):
-    """Q-network and its target network."""
+    """Q-network and its target network; they explore by noise that is huge, or none."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()

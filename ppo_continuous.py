@@ -185,7 +185,7 @@ class Agent(nn.Module):
 
 
 class Rollout:
-    """T steps of N environments: raw observations, actions as sampled, unscaled rewards."""
+    """T steps of N environments: raw observations [T + 1], actions as sampled, unscaled rewards."""
 
     def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
         shape = args.num_steps, args.num_envs
@@ -284,8 +284,8 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
     rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
-    ends, decays = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
-    advantages = compute_gae(rewards, values, next_values, *ends, *decays)
+    ends, factors = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
+    advantages = compute_gae(rewards, values, next_values, *ends, *factors)
     arrays = np.stack((advantages, advantages + values)).astype(np.float32)
     return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 

@@ -211,9 +211,9 @@ class Replay:
         return torch.randint(filled, self.batch_size, generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return reward, termination and next obs of the last `count` rows."""
+        """Return obs, reward and next obs of the last `count` rows."""
         rows = torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)
-        return self.rows[rows, -self.columns[-1] - 2 :]
+        return torch.cat(self.rows[rows].split(self.columns, 1)[::2], 1)
 
     def state_dict(self) -> dict:
         """Return what is filled, through NumPy: not copied, and saved without the rest."""

@@ -1,6 +1,5 @@
 """Environments: making them, checking their spaces, finding them again when a run is resumed."""
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -22,7 +21,8 @@ from common.seeding import env_seed, stream_seed
 def make_env(args, render_mode: str | None = None) -> gym.Env:
     """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too.
 
-    Observations that are one frame [H, W] of bytes become stacks of four, black at the beginning.
+    Observations that are one frame [H, W] of bytes, at least 36 pixels wide and high, become stacks
+    of four, black at the beginning.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -32,7 +32,8 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
         return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
-    if len(env.observation_space.shape or ()) == 2 and env.observation_space.dtype == np.uint8:
+    shape = env.observation_space.shape or ()
+    if len(shape) == 2 and min(shape) >= 36 and env.observation_space.dtype == np.uint8:
         env = gym.wrappers.TransformObservation(env, np.copy, None)  # it may reuse its buffer
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
     return env
@@ -80,10 +81,10 @@ class Replayable(gym.Wrapper):
         self.obs = None if over else self.obs
 
 
-def _make_training_env(args, index: int) -> gym.Env:
-    if multiprocessing.parent_process():  # a worker: signals are for the main process
+def _make_training_env(args, index: int, trainer: int) -> gym.Env:
+    if os.getpid() != trainer:  # a worker: signals are for the process that trains
         os.setpgid(0, 0)
-        random.seed(stream_seed(args.seed, "python", index))  # not the main process's stream
+        random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
         np.random.seed(env_seed(args.seed, "numpy", index))
     return Replayable(args, index)
 
@@ -100,7 +101,8 @@ class Environments:
         if game := atari.find_game(args.env_id):
             self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
         else:
-            makers = [partial(_make_training_env, args, i) for i in range(args.num_envs)]
+            trainer = os.getpid()
+            makers = [partial(_make_training_env, args, i, trainer) for i in range(args.num_envs)]
             mode = AutoresetMode.SAME_STEP
             self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
         self.background = hasattr(self.vector_env, "step_async")
@@ -212,6 +214,8 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     if images and not (stacked or atari.find_game(args.env_id)):
         fail(f"{args.env_id} does not give one frame [H, W] of bytes; use ppo_discrete.py")
     if action_type is gym.spaces.Discrete and len(obs_space.shape) == 3:
+        if getattr(args, "norm_obs", False):
+            fail("--norm-obs: images are divided by 255 instead")
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             fail(f"{args.env_id}: images must be of bytes, [C, H, W], and 36 pixels wide and high")
     return obs_space, action_space

@@ -53,6 +53,9 @@ RANGES = {
 }
 
 
+MOST_THREADS = min(4, torch.get_num_threads())  # before a run sets them
+
+
 def flag(name: str) -> str:
     """Spell an argument as on the command line: `num_envs` is `--num-envs`."""
     return "--" + name.replace("_", "-")
@@ -118,6 +121,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
             if getattr(stored, schedule, False):
                 fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
+    if checkpoint["device"] == "cpu":  # for auto, where a GPU has been added since
+        anew["device"] = "cpu"
     return dataclasses.replace(stored, **anew), checkpoint
 
 
@@ -140,14 +145,14 @@ def setup_torch(args, faster: str) -> torch.device:
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
     device = torch.device(device if device != "auto" else "cpu")
     large = faster == "cuda"
-    args.num_threads = args.num_threads or (min(4, torch.get_num_threads()) if large else 1)
+    wide = large or max(args.hidden_sizes, default=0) >= 256
+    args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
     torch.set_num_threads(args.num_threads)
-    if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if wide and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
     make_deterministic(args, device)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    wide = large or max(args.hidden_sizes, default=0) >= 256
     torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")

@@ -31,6 +31,7 @@ class Streams(dict):
 
     def __init__(self, seed: int, names: tuple[str, ...], device: torch.device):
         super().__init__({name: torch.Generator(device) for name in names})
+        self.device = device
         for name in names:
             self[name].manual_seed(stream_seed(seed, name))
         torch.manual_seed(stream_seed(seed, "init"))
@@ -42,6 +43,8 @@ class Streams(dict):
         kind, keys, *position = np.random.get_state()
         state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *position)}
         state["torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state | {name: generator.get_state() for name, generator in self.items()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -49,5 +52,7 @@ class Streams(dict):
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
         for name, generator in self.items():
             generator.set_state(state[name])

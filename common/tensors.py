@@ -155,6 +155,7 @@ OPERATIONS = {
 }
 
 
+@torch.random.fork_rng(devices=())  # layers that draw are not to draw now
 def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
     """Return `function`, of tensors shaped as `examples`, as one that returns NumPy arrays.
 
@@ -198,4 +199,4 @@ def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
     high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.from_numpy(low), torch.from_numpy(high)
+    return torch.from_numpy(low), torch.from_numpy(np.maximum(low, high))  # both may be one number

@@ -1,10 +1,11 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
+import ast
 import time
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 CASES = {
     "--env-id Nope-v3": "Nope",
@@ -55,6 +56,7 @@ DISCRETE_CASES = {
     "--env-id toy_envs:Flags-v0": "multibinary actions; no script takes them",
     "--env-id toy_envs:Words-discrete-v0": "Dict observations",
     "--env-id toy_envs:Pictures-v0": "images must be of bytes",
+    "--env-id pixel_envs:Colours-v0 --norm-obs": "--norm-obs: images are divided by 255",
     "--env-id ALE/Nope-v5": "Nope",
     "--total-timesteps 511": "at least 512",
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 512 samples",
@@ -112,9 +114,19 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"
 
 
-def test_help_says_what_every_flag_does(tmp_path, ppo):
-    text = run_script(f"{ppo.SCRIPT}.py", "--help", cwd=tmp_path).stdout
-    assert "--env-id" in text and ppo.Args.env_id in text and "generalised advantage" in text
+@pytest.mark.parametrize("script", [path.name for path in sorted(ROOT.glob("*_*.py"))])
+def test_help_says_what_every_flag_does(tmp_path, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = " ".join(run_script(script, "--help", cwd=tmp_path).stdout.split())
+    (args,) = (
+        x
+        for x in ast.parse((ROOT / script).read_text()).body
+        if isinstance(x, ast.ClassDef) and x.name == "Args"
+    )
+    _, *body = args.body
+    for field, about in zip(body[::2], body[1::2], strict=True):
+        assert f"--{field.target.id.replace('_', '-')}" in text
+        assert " ".join(about.value.value.split()) in text
 
 
 def test_without_a_compiler_it_says_which_package_to_install_and_runs_eagerly(

@@ -1,5 +1,9 @@
 """Environments, seeding, checkpoints and parameters."""
 
+import multiprocessing
+import os
+import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,13 +11,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import toy_envs
 from conftest import assert_same
 
+import sac_continuous
 from common import envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.seeding import STREAMS, env_seed, stream_seed
-from common.tensors import flatten_parameters, functional
+from common.tensors import bounds, flatten_parameters, functional, to_numpy
 from ppo_continuous import Args
 
 MUJOCO = [
@@ -317,3 +323,49 @@ def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypat
         for number in (1.0, 5.0):
             for got, expected in compiled:
                 torch.testing.assert_close(got(x, number), expected(x, number))
+
+
+def test_tracing_leaves_the_random_numbers_of_layers_alone():
+    layer = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).requires_grad_(False)
+    before = torch.get_rng_state()
+    act = to_numpy(lambda x: (layer(x),), torch.ones(1, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not all(np.array_equal(act(torch.ones(1, 3)), act(torch.ones(1, 3))) for _ in range(20))
+
+
+def test_bounds_are_within_those_of_the_space_and_in_order():
+    space = gym.spaces.Box(np.array([0.1, -0.3, 0.7]), np.array([0.1, 0.3, 0.7]), dtype=np.float64)
+    low, high = (x.numpy() for x in bounds(space))
+    assert low[1] >= -0.3 and high[1] <= 0.3
+    assert low[0] == high[0] == pytest.approx(0.1) and low[2] == high[2] == pytest.approx(0.7)
+
+
+def train_in_a_child():
+    os.setsid()  # as a scheduler's worker may: it cannot change its process group
+    group, numbers = os.getpgid(0), random.getstate()
+    make("CartPole-v1").close()
+    assert os.getpgid(0) == group and random.getstate() == numbers
+
+
+def test_who_trains_in_a_child_process_is_no_worker():
+    child = multiprocessing.get_context("fork").Process(target=train_in_a_child)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_threads_do_not_depend_on_what_ran_before():
+    before = torch.get_num_threads()
+    args = SimpleNamespace(device="cpu", num_threads=0, hidden_sizes=(), torch_deterministic=True)
+    torch.set_num_threads(1)
+    runs.setup_torch(args, faster="cuda")
+    torch.set_num_threads(before)
+    assert args.num_threads == runs.MOST_THREADS
+
+
+def test_a_run_begun_on_the_cpu_goes_on_there(monkeypatch):
+    checkpoint = {"args": {"seed": 3}, "device": "cpu", "script": "sac_continuous"}
+    monkeypatch.setattr(runs, "load_run", lambda *_: checkpoint)
+    monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--resume", "r"])
+    args, _ = runs.parse_args(sac_continuous.Args, "sac_continuous")
+    assert (args.device, args.seed, args.resume) == ("cpu", 3, "r")

@@ -261,6 +261,24 @@ def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoi
     assert all(x.isfinite().all() for x in weights.values())
 
 
+def test_best_pt_is_the_first_of_the_best(ppo, monkeypatch):
+    means = iter([1.0, 3.0, 2.0, 3.0, -1.0])
+    monkeypatch.setattr(envs, "play", lambda *_: ([next(means)] * 2, [5, 5]))
+    options = SHORT | {"eval_every": 128}
+    ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **options))
+    assert load_checkpoint(Path("r/best.pt"))["global_step"] == 256
+    assert load_checkpoint(Path("r/checkpoint.pt"))["best_return"] == 3.0
+
+
+def test_a_small_board_of_bytes_is_an_observation_like_any_other(ppo):
+    if ppo is ppo_continuous:
+        pytest.skip("its actions are continuous")
+    args = ppo.Args(env_id="pixel_envs:Tiny-v0")
+    obs_space, action_space = ppo.check_args(args)
+    assert obs_space.shape == (16, 16)
+    assert ppo.Agent(obs_space.shape, action_space, args).act(obs_space.sample()) in (0, 1)
+
+
 def test_nan_loss_stops_the_run(ppo, capsys):
     options = SHORT | {"learning_rate": 1e30}
     with pytest.raises(SystemExit) as stopped:

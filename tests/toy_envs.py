@@ -66,7 +66,7 @@ class Buttons(Shaped):
 
 
 class Broken(Shaped):
-    """Returns NaN, as a reward or in an observation, from step 700 of its life on."""
+    """Returns NaN from step 700 of its life on, as a reward, in an observation, or in a first one."""
 
     steps = 0
 
@@ -77,10 +77,14 @@ class Broken(Shaped):
     def push(self, action):
         return 0.0
 
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs * np.nan if self.where == "reset" and self.steps >= 700 else obs, info
+
     def step(self, action):
         self.steps += 1
         obs, reward, *rest = super().step(np.nan_to_num(action))
-        if self.steps >= 700:
+        if self.steps >= 700 and self.where != "reset":
             obs, reward = (obs, np.nan) if self.where == "reward" else (obs * np.nan, reward)
         return obs, reward, *rest
 
@@ -167,7 +171,7 @@ class Dice(Counter):
 for kind, discrete in (("", False), ("-discrete", True)):
     for end in ("truncated", "terminated", "both"):
         gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
-    for where in ("reward", "observation"):
+    for where in ("reward", "observation", "reset"):
         gym.register(
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
