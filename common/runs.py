@@ -145,14 +145,14 @@ def setup_torch(args, faster: str) -> torch.device:
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
     device = torch.device(device if device != "auto" else "cpu")
     large = faster == "cuda"
-    wide = large or max(args.hidden_sizes, default=0) >= 256
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
     torch.set_num_threads(args.num_threads)
-    if wide and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
     make_deterministic(args, device)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    wide = large or max(args.hidden_sizes, default=0) >= 256
     torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
