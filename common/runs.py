@@ -51,8 +51,6 @@ RANGES = {
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
     "alpha",
 }
-
-
 MOST_THREADS = min(4, torch.get_num_threads())  # before a run sets them
 
 
