@@ -73,7 +73,7 @@ class Args:
     env_id: str = "ALE/Breakout-v5"
     """environment; my_module:MyEnv-v0 imports my_module first"""
     sticky_actions: float = 0.0
-    """Atari: probability that a game repeats the action before instead"""
+    """Atari: probability that a game repeats the previous action instead"""
     total_timesteps: int = 10_000_000
     """environment steps of the run, rounded down to whole steps of all environments"""
     num_envs: int = 8
@@ -117,7 +117,7 @@ class Args:
     dueling: bool = False
     """estimate an action's value as the state's value and the action's advantage"""
     n_step: int = 1
-    """rewards that a target sums before it takes an estimate"""
+    """rewards summed in a target before it bootstraps"""
     prioritized: bool = False
     """draw transitions in proportion to a power of their last error"""
     priority_alpha: float = 0.6
@@ -153,14 +153,14 @@ class QNetwork(nn.Module):
         """Values of all actions; with --dueling by equation 9, whose advantages have mean 0."""
         x = self.cnn(obs / 255)
         if self.state_value is None:
-            return self.advantage(x)
-        x = x.detach().lerp(x, math.sqrt(0.5))  # two gradients meet here (section 4.2)
+            return self.advantage(x)  # these are then the values themselves
+        x = x.detach().lerp(x, math.sqrt(0.5))  # same values, gradient / sqrt(2) (section 4.2)
         advantage = self.advantage(x)
         return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
 
 
 class Agent(nn.Module):
-    """Q-network and its target network; they explore by noise that is huge, or none."""
+    """Q-network and target network; huge noise on the values makes an action random."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
@@ -185,8 +185,8 @@ class Agent(nn.Module):
 class SumTree:
     """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20.
 
-    Priorities are kept as whole numbers of 2**-30, so that sums are exact on every device, and up
-    to what cannot overflow (4,096 in a million leaves).
+    Priorities are integers in units of 2**-30, so that sums are exact on every device, and capped
+    (at 4,096, of a million leaves) so that no sum overflows.
     """
 
     def __init__(self, size: int, device):
@@ -215,7 +215,7 @@ class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
     A transition knows the numbers of five frames: four make its observation, the last four the next
-    one, whatever the episode did in between. Frame 0 is black and comes before an episode's first.
+    one, whatever the episode did in between. Frame 0 is black and comes before a game's first.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
@@ -271,7 +271,7 @@ class Replay:
         self.num_rows += 1
         self._drop()
         complete = self.num_rows - self.args.n_step
-        if self.args.prioritized and complete >= self.oldest:  # drawn soon, and only with all n
+        if self.args.prioritized and complete >= self.oldest:  # it has all n steps
             self._prioritize([complete], self.max_priority)
 
     def _drop(self) -> None:  # rows that are overwritten, or whose frames are
@@ -316,9 +316,9 @@ class Replay:
         reward = (self.rewards[rows, columns] * powers * running).sum(1)
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
-        numbers = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
+        slots = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
         layout = {"memory_format": torch.channels_last}  # convolutions are faster so
-        obs, next_obs = (x.contiguous(**layout) for x in self.frames[numbers].split(4, 1))
+        obs, next_obs = (x.contiguous(**layout) for x in self.frames[slots].split(4, 1))
         return obs, self.actions[row, env], reward, discount, next_obs
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
@@ -334,7 +334,7 @@ class Replay:
         return self.rewards[rows % len(self.rewards)]
 
     def state_dict(self) -> dict:
-        """Return what is filled, through NumPy: not copied, and saved without the rest."""
+        """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
         rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
         filled = dict.fromkeys(("stacks", "actions", "rewards", "ends"), rows)
         filled["frames"] = frames + 1
@@ -363,7 +363,7 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
 
 
 def td_target(reward, discount, next_q, choosing_q) -> torch.Tensor:
-    """Target [B] of the sum of rewards and what the best action [B, A] is then worth.
+    """Target [B]: the n-step reward, and the discounted value of the best action then [B, A].
 
     The target network both values and chooses that action (Mnih et al. 2015), or the Q-network
     chooses (van Hasselt et al. 2016). `discount` is 0 after a termination, not at a time limit.
@@ -415,7 +415,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
-@torch.no_grad()
+@torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)

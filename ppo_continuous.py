@@ -1,9 +1,9 @@
 """Proximal Policy Optimization (PPO), in one file.
 
 Collect a rollout with the current policy; estimate how much better than expected each action was
-(GAE); take many small gradient steps that make good actions likelier, but gain nothing more once
-the probability of an action has moved by a fifth. Schulman et al. 2017, arXiv:1707.06347; details
-as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
+(GAE); take many small gradient steps that make good actions likelier, and gain nothing more once
+an action's probability has changed by the share --clip-coef. Schulman et al. 2017,
+arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
     python ppo_continuous.py
     python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
@@ -100,7 +100,7 @@ class Args:
     norm_obs: bool = True
     """normalise observations with running statistics"""
     norm_reward: bool = True
-    """scale rewards by the standard deviation of the running discounted return"""
+    """divide rewards by the standard deviation of their running discounted sum"""
     clip_reward: bool = False
     """learn from the signs of rewards; what is logged is unclipped"""
     norm_adv: bool = True
@@ -120,7 +120,7 @@ class Args:
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
     target_kl: float | None = None
-    """end an update after an epoch that ends with a larger approximate KL (detail 12)"""
+    """end an update after an epoch that ends with a larger approximate KL (auxiliary detail 3)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of the policy's and the value's network"""
     squash: bool = False
@@ -154,7 +154,7 @@ class Agent(nn.Module):
             self.register_buffer(name, bound)
 
     def encode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Normalise observations [B, *obs_shape], clip them at 10 deviations, flatten them."""
+        """Features [B, F] of raw observations [B, *obs_shape]; norm_obs clips at 10 deviations."""
         if self.args.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
@@ -216,8 +216,8 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
     """Generalised advantage estimates (Schulman et al. 2016, equation 16); arrays are [T, N].
 
-    next_values[t] is the value of the observation that step t really led to, not of the one after a
-    reset. A termination has no future; the sum over lambda is cut there and at a truncation.
+    next_values[t] is the value of the observation that step t really led to, also at a truncation;
+    at a termination it does not count. Both cut the sum over lambda.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decays = gamma * gae_lambda * ~(terminations | truncations)
@@ -240,7 +240,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     if args.clip_vloss:  # detail 9: the larger of the two errors
         clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.maximum(value_error, error(clipped_value, target, reduction="none"))
-    value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)
+    value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)  # Huber has its 1/2
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
     kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # joschu.net/blog/kl-approx.html
     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
@@ -305,7 +305,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=args.squash)
 
 
-@torch.no_grad()
+@torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)

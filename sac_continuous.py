@@ -99,7 +99,7 @@ class Args:
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """update the policy after this many updates of the Q-networks, as many times (TD3's delay)"""
+    """every this many updates of the Q-networks, update the policy as many times (TD3's delay)"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -216,7 +216,7 @@ class Replay:
         return torch.cat(self.rows[rows].split(self.columns, 1)[::2], 1)
 
     def state_dict(self) -> dict:
-        """Return what is filled, through NumPy: not copied, and saved without the rest."""
+        """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
         rows = torch.from_numpy(self.rows[: self.num_rows].cpu().numpy())
         return {"num_rows": self.num_rows, "rows": rows, "obs": self.shown}
 
@@ -245,13 +245,13 @@ def sample_with_log_prob(policy: tuple, noise: torch.Tensor) -> tuple:
 def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -> torch.Tensor:
     """Soft Bellman target [B] (equations 3 and 5), from target Q-values [2, B] of the next state.
 
-    A termination has no future; at a time limit the episode's real last state has.
+    A termination does not bootstrap; a time limit does, from the episode's real last state.
     """
     return reward + gamma * (1 - termination) * (next_q.min(0).values - alpha * next_log_prob)
 
 
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Equation 7: a random action's value, by the smaller of both [2, B], and its surprise."""
+    """Equation 7: minus the soft value: the smaller Q-value of both [2, B], and the entropy."""
     return (alpha * log_prob - q.min(0).values).mean()
 
 
@@ -263,7 +263,7 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
 
-    Each is one graph, once compiled. Noise comes from outside: a compiled graph has its own.
+    Each is one graph, once compiled. Noise is an input: drawn inside, it would not be `rng`'s.
     """
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 
@@ -276,7 +276,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
         def loss(critic):
             q = critic_net(critic, obs, action)
-            return (q - y).square().mean(1).sum(), q  # equation 5, for both Q-networks
+            return (q - y).square().mean(1).sum(), q  # equation 5 without its 1/2
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
@@ -309,7 +309,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
-@torch.no_grad()
+@torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)

@@ -57,7 +57,7 @@ class Replayable(gym.Wrapper):
         return obs, {}
 
     def step(self, action) -> tuple:
-        """Step, and remember it, up to a million steps. Gathering infos costs a quarter of one."""
+        """Step, and record the action, up to a million. Infos would cost a quarter of a step."""
         if len(self.actions) < 10**6:
             self.actions.append(np.copy(action))
         obs, reward, terminated, truncated, _ = self.env.step(action)
@@ -137,7 +137,7 @@ class Environments:
 
     def finished_episodes(self) -> list[tuple[float, int, int]]:
         """Undiscounted return, length and last environment step of what ended since the last call,
-        terminated or truncated.
+        terminated or truncated, but for Atari's lost lives.
         """
         finished = []
         for rewards, over in self.new:

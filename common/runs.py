@@ -135,8 +135,8 @@ def make_deterministic(args, device: torch.device) -> None:
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda where networks are large. There, or with layers of 256 units,
-    "medium" precision speeds up products, if they stay exact to 1e-4: not with TF32 or bfloat16.
+    `faster` is what auto takes: cuda for large networks. They, and layers of 256 units, multiply in
+    "medium" precision where its error is below 1e-4, which rules out TF32 and bfloat16.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
@@ -169,10 +169,10 @@ def memory_for(args, name: str):
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
     """Compile a plain function into one graph, unless with --no-compile or without a compiler.
 
-    Calls check their inputs, but not whether what else it uses has changed (what changes in a run
-    is to be an input), and reach the kernels from C++: both take a third off a small update.
+    Guards check a call's inputs alone, so what changes during a run must be one; kernels are called
+    from C++. Both together take a third off a small update.
     """
-    # padding is decided by a stopwatch, in a resumed run perhaps otherwise
+    # padding is chosen by timing it, so a resumed run might choose otherwise
     options = {"cpp_wrapper": True} if device.type == "cpu" else {"shape_padding": False}
     if args.compile:
         try:

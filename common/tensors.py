@@ -38,7 +38,7 @@ class RunningStatistics(nn.Module):
 
 
 def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.ndarray:
-    """Sums R_t = gamma R_(t-1) + r_t [T, N], begun anew after an end; `carry` [N] is updated."""
+    """Sums of past rewards R_t = gamma R_(t-1) + r_t [T, N], reset at ends; updates `carry` [N]."""
     returns = np.zeros_like(rewards)
     for t in range(len(rewards)):
         returns[t] = gamma * carry + rewards[t]
@@ -64,7 +64,7 @@ class ReturnStatistics(RunningStatistics):
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
     """Return a vector [P] with the parameters of `module`, which become views of it.
 
-    Gradients are then taken of it; its parts no longer require any of their own.
+    Differentiate with respect to it; the parameters themselves no longer require gradients.
     """
     flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
     for name, view in unflatten(flat, module).items():
@@ -155,7 +155,7 @@ OPERATIONS = {
 }
 
 
-@torch.random.fork_rng(devices=())  # layers that draw are not to draw now
+@torch.random.fork_rng(devices=())  # tracing must not consume random numbers
 def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
     """Return `function`, of tensors shaped as `examples`, as one that returns NumPy arrays.
 
