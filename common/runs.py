@@ -113,7 +113,10 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
         print("trained on CUDA, evaluated on the CPU: it rounds differently")
         checkpoint["device"] = "cpu"
-    stored = args_class(**checkpoint["args"])
+    try:
+        stored = args_class(**checkpoint["args"])
+    except TypeError as error:
+        fail(f"{run_dir} was made by a script with other arguments: {error}")
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
         for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
             if getattr(stored, schedule, False):
@@ -278,12 +281,14 @@ class Run:
             rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        auto = " (the faster here)" if args.device == "auto" else ""
+        why = "the faster here" if torch.cuda.is_available() else "no CUDA here"
+        auto = f" ({why})" if args.device == "auto" else ""
         mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
         how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
         print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
         if atari.find_game(args.env_id):
-            print(atari.PROTOCOL)
+            rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
+            print(f"{atari.PROTOCOL}; {rewards}; sticky actions {args.sticky_actions:g}")
         sys.stdout.flush()
         if checkpoint is None:
             self.save(0)

@@ -355,6 +355,14 @@ def test_evaluation_plays_whole_games():
     assert not np.array_equal(games[0][0], games[2][0])
 
 
+def test_evaluation_counts_the_score_as_it_is():
+    game = atari.AtariGame("asterix", 0.0, None)
+    game.reset(seed=1)
+    rng = np.random.default_rng(0)
+    rewards = [game.step(rng.integers(9))[1] for _ in range(100)]
+    assert set(rewards) == {0.0, 50.0}
+
+
 def test_evaluation_renders_the_same_game_in_colour():
     game = atari.AtariGame("breakout", 0.0, "rgb_array")
     obs, _ = game.reset(seed=5)

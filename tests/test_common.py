@@ -15,10 +15,13 @@ import torch.nn as nn
 import toy_envs
 from conftest import assert_same
 
+import dqn_atari
+import ppo_continuous
+import ppo_discrete
 import sac_continuous
 from common import envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.seeding import STREAMS, env_seed, stream_seed
+from common.seeding import STREAMS, Streams, env_seed, stream_seed
 from common.tensors import bounds, flatten_parameters, functional, to_numpy
 from ppo_continuous import Args
 
@@ -192,6 +195,32 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
     assert 0 <= env_seed(1, "env", 0, 0) < 2**32  # what environments may take at most
 
 
+def test_every_stream_of_every_seed_draws_numbers_of_its_own():
+    drawn = []
+    for seed in (1, 2):
+        streams = Streams(seed, ("action", "minibatch", "replay"), torch.device("cpu"))
+        drawn += [torch.rand(4, generator=x).tolist() for x in streams.values()]
+        drawn += [torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random()]]
+    assert len(set(map(tuple, drawn))) == 12
+
+
+def test_episodes_of_an_evaluation_are_seeded_by_seed_and_number(monkeypatch):
+    """And so are their random actions; training has other seeds."""
+    reset, seeds = toy_envs.Counter.reset, []
+
+    def note(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed)
+
+    monkeypatch.setattr(toy_envs.Counter, "reset", note)
+    args = SimpleNamespace(env_id="toy_envs:Counter-truncated-v0", seed=3, eval_episodes=2)
+    args.render, args.capture_video, args.eval_e = False, False, 0.0
+    envs.play(lambda obs: np.zeros(1, np.float32), args, Path())
+    assert seeds == [env_seed(3, "eval", 0), env_seed(3, "eval", 1)]
+    args.env_id, args.eval_e = "CartPole-v1", 1.0
+    assert envs.play(None, args, Path()) == envs.play(None, args, Path())
+
+
 def test_every_episode_has_a_seed_of_its_own():
     """From seed, environment and episode: neighbouring seeds share none, nor does their number."""
     begins = {}
@@ -210,6 +239,15 @@ def test_every_episode_has_a_seed_of_its_own():
     a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4
     np.testing.assert_array_equal(more[:2], a)
+
+
+def test_a_checkpoint_is_on_disk_before_it_takes_its_name(monkeypatch):
+    done = []
+    for owner, name in ((os, "fsync"), (Path, "replace")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *x, f=real, n=name: (done.append(n), f(*x))[1])
+    save_checkpoint(Path("checkpoint.pt"), {})
+    assert done == ["fsync", "replace"] and load_checkpoint(Path("checkpoint.pt")) == {}
 
 
 def test_what_is_loaded_takes_memory_only_where_it_is_copied_to(tmp_path):
@@ -363,9 +401,93 @@ def test_threads_do_not_depend_on_what_ran_before():
     assert args.num_threads == runs.MOST_THREADS
 
 
+@pytest.mark.parametrize(
+    "flags, depends",
+    [
+        ({"prioritized": True, "exploration_fraction": 0.0}, "--prioritized depends on it"),
+        ({"exploration_fraction": 0.1}, "--exploration-fraction depends on it"),
+        ({"exploration_fraction": 0.0}, None),
+    ],
+)
+def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
+    flags, depends, monkeypatch, capsys
+):
+    stored = {"args": {"total_timesteps": 100, **flags}, "device": "cpu"}
+    monkeypatch.setattr(runs, "load_run", lambda *_: stored)
+    words = "--resume r --total-timesteps 200 --checkpoint-every 5 --eval-every 6 --eval-episodes 7"
+    monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *words.split(), "--track"])
+    if depends:
+        with pytest.raises(SystemExit):
+            runs.parse_args(dqn_atari.Args, "dqn_atari")
+        assert depends in capsys.readouterr().err
+    else:
+        args, _ = runs.parse_args(dqn_atari.Args, "dqn_atari")
+        assert (args.total_timesteps, args.checkpoint_every, args.eval_every) == (200, 5, 6)
+        assert args.eval_episodes == 7 and args.track
+
+
+def test_a_run_of_other_arguments_is_refused_in_one_line(monkeypatch, capsys):
+    checkpoint = {"args": {"sede": 3}, "device": "cpu"}
+    monkeypatch.setattr(runs, "load_run", lambda *_: checkpoint)
+    monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--evaluate", "r"])
+    with pytest.raises(SystemExit) as stopped:
+        runs.parse_args(sac_continuous.Args, "sac_continuous")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "other arguments" in line and "sede" in line
+
+
 def test_a_run_begun_on_the_cpu_goes_on_there(monkeypatch):
     checkpoint = {"args": {"seed": 3}, "device": "cpu", "script": "sac_continuous"}
     monkeypatch.setattr(runs, "load_run", lambda *_: checkpoint)
     monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--resume", "r"])
     args, _ = runs.parse_args(sac_continuous.Args, "sac_continuous")
     assert (args.device, args.seed, args.resume) == ("cpu", 3, "r")
+
+
+PPO = {"gamma": 0.99, "gae_lambda": 0.95, "anneal_lr": True, "norm_adv": True, "clip_vloss": True}
+PPO |= {"vf_coef": 0.5, "max_grad_norm": 0.5, "target_kl": None}
+DISCRETE = PPO | {"learning_rate": 2.5e-4, "num_steps": 128, "num_minibatches": 4}
+DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_reward": False}
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (
+            ppo_continuous.Args(),
+            PPO
+            | {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 1}
+            | {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "clip_coef": 0.2}
+            | {"ent_coef": 0.0, "norm_obs": True, "norm_reward": True},
+        ),
+        (
+            ppo_discrete.Args(),
+            DISCRETE | {"total_timesteps": 500_000, "num_envs": 4, "clip_coef": 0.2},
+        ),
+        (
+            ppo_discrete.Args(**ppo_discrete.ATARI),
+            DISCRETE
+            | {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1}
+            | {"clip_reward": True},
+        ),
+        (
+            sac_continuous.Args(),
+            {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "gamma": 0.99, "tau": 0.005}
+            | {"batch_size": 256, "learning_starts": 5000, "policy_lr": 3e-4, "q_lr": 1e-3}
+            | {"policy_frequency": 2, "target_network_frequency": 1, "autotune": True}
+            | {"num_envs": 1, "utd_ratio": 1.0},
+        ),
+        (
+            dqn_atari.Args(),
+            {"total_timesteps": 10_000_000, "learning_rate": 1e-4, "buffer_size": 1_000_000}
+            | {"gamma": 0.99, "tau": 1.0, "target_network_frequency": 1000, "batch_size": 32}
+            | {"start_e": 1.0, "end_e": 0.01, "exploration_fraction": 0.1, "loss": "mse"}
+            | {"learning_starts": 80_000, "train_frequency": 4, "max_grad_norm": None}
+            | {"n_step": 1, "double": False, "dueling": False, "prioritized": False}
+            | {"clip_reward": True},
+        ),
+    ],
+    ids=["ppo_continuous", "ppo_discrete", "ppo_atari", "sac_continuous", "dqn_atari"],
+)
+def test_defaults_are_cleanrls(args, expected):
+    assert {name: getattr(args, name) for name in expected} == expected

@@ -476,3 +476,16 @@ def test_acting_is_deterministic_the_mean_or_the_likeliest_action(ppo):
     assert all((BOX if ppo is ppo_continuous else BUTTONS).contains(x) for x in got)
     if ppo is ppo_discrete:
         assert len({*got}) == 3  # each of them, and as a number, which can be a dictionary's key
+
+
+def test_policy_and_value_of_images_share_the_encoder_and_take_bytes_as_from_0_to_1():
+    space = gym.spaces.Discrete(3)
+    agent = ppo_discrete.Agent((4, 84, 84), space, ppo_discrete.Args(**ppo_discrete.ATARI))
+    obs = torch.randint(256, (300, 4, 84, 84), dtype=torch.uint8).float()
+    logits, values = agent(obs)
+    features = agent.cnn(obs / 255)
+    torch.testing.assert_close(logits, agent.actor(features), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values, agent.critic(features)[:, 0], rtol=1e-4, atol=1e-5)
+    for output in (logits, values):
+        (gradient,) = torch.autograd.grad(output.sum(), agent.cnn[0].weight, retain_graph=True)
+        assert gradient.abs().max() > 0

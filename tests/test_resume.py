@@ -4,6 +4,8 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from conftest import (
     flags,
 )
 
+import dqn_atari as dqn
+import sac_continuous as sac
 from common import envs, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import ReturnStatistics
@@ -126,6 +130,50 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == step + 128, more
     finished = run(script, "--resume", "r", cwd=tmp_path)
     assert "finished" in finished.stdout and (tmp_path / "r" / "checkpoint.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "script, options, step",
+    [
+        (sac, {"env_id": "Pendulum-v1", "learning_starts": 50, "log_every": 50}, 150),
+        (dqn, {"env_id": "pixel_envs:Catch-v0", "num_envs": 1, "log_every": 40}, 120),
+    ],
+)
+def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch, capsys):
+    send, sent = envs.Environments.send, []
+
+    def interrupted(self, actions):
+        sent.append(actions)
+        if len(sent) == 101:
+            os.kill(os.getpid(), signal.SIGTERM)
+        send(self, actions)
+
+    monkeypatch.setattr(envs.Environments, "send", interrupted)
+    options |= {"compile": False, "buffer_size": 500, "run_dir": "r", "total_timesteps": 1000}
+    with pytest.raises(SystemExit) as stopped:
+        script.train(script.Args(**options))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"stopped at step {step}; go on: python {script.SCRIPT}.py" in capsys.readouterr().out
+    assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == step
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    program = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import ppo_continuous as ppo
+from common import envs
+def interrupted(self, actions):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+envs.Environments.send = interrupted
+ppo.train(ppo.Args(env_id="Pendulum-v1", compile=False, run_dir="r"))
+"""
+    words = [sys.executable, "-c", program, str(ROOT)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and "once more to leave at once" in done.stderr
+    assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 0
 
 
 def test_ctrl_c_while_compiling_says_how_to_go_on(monkeypatch, capsys):
