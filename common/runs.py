@@ -196,7 +196,18 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
     function = FunctionType(code, function.__globals__, *rest)
     options |= {"guard_filter_fn": of_inputs}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    called = False
+
+    def call(*inputs):
+        nonlocal called
+        if not called:  # which takes seconds, in SAC and DQN well after the start
+            called = True
+            tqdm.write(f"compiling {function.__name__}")
+            sys.stdout.flush()
+        return compiled(*inputs)
+
+    return call
 
 
 def describe(returns: list[float], lengths: list[int]) -> str:
@@ -297,7 +308,7 @@ class Run:
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
         form |= {"total": self.last_step, "initial": self.step, "disable": not sys.stderr.isatty()}
-        self.bar = tqdm(desc="compiling" * self.args.compile, **form)
+        self.bar = tqdm(desc=self.args.env_id, **form)
         self.start = self.printed = time.perf_counter()
         return self
 
@@ -365,7 +376,6 @@ class Run:
         known = f"return {np.mean(self.returns or 0):,.1f} (last {len(self.returns)})"
         recent = known if self.returns else ""
         self.scalars({"charts/SPS": speed}, step)
-        self.bar.set_description(self.args.env_id, refresh=False)
         self.bar.set_postfix_str(recent, refresh=False)
         self.bar.update(step - self.step)
         edge = self.step == self.first_step or step == self.last_step

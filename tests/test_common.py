@@ -1,5 +1,6 @@
 """Environments, seeding, checkpoints and parameters."""
 
+import ast
 import multiprocessing
 import os
 import random
@@ -340,7 +341,7 @@ def test_due_is_a_pure_function_of_the_step():
     assert due(0, 640, 576, last_step=640)  # the end of a run always is
 
 
-def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch):
+def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch, capsys):
     """As when a notebook trains twice: the second run has its own arguments and network."""
     compile_, options, compiled = torch.compile, [], []
 
@@ -361,6 +362,7 @@ def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypat
         for number in (1.0, 5.0):
             for got, expected in compiled:
                 torch.testing.assert_close(got(x, number), expected(x, number))
+    assert capsys.readouterr().out == "compiling <lambda>\n" * 2  # once for each
 
 
 def test_tracing_leaves_the_random_numbers_of_layers_alone():
@@ -491,3 +493,31 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
 )
 def test_defaults_are_cleanrls(args, expected):
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def fields(script):
+    """Annotation and help of every argument, as written."""
+    statements = ast.parse(Path(script.__file__).read_text()).body
+    (args,) = (x for x in statements if isinstance(x, ast.ClassDef) and x.name == "Args")
+    pairs = zip(args.body[1::2], args.body[2::2], strict=True)
+    return {x.target.id: (ast.unparse(x.annotation), about.value.value) for x, about in pairs}
+
+
+@pytest.mark.parametrize(
+    "a, b, unlike",
+    [
+        (ppo_continuous, ppo_discrete, set()),
+        (dqn_atari, sac_continuous, {"target_network_frequency"}),
+        (ppo_continuous, sac_continuous, {"total_timesteps", "hidden_sizes"}),
+        (ppo_discrete, dqn_atari, {"total_timesteps", "learning_rate", "max_grad_norm"}),
+    ],
+)
+def test_what_scripts_share_is_alike_to_the_letter(a, b, unlike):
+    both = fields(a).keys() & fields(b).keys()
+    assert {name for name in both if fields(a)[name] != fields(b)[name]} == unlike
+    ends = []
+    for script in (a, b):
+        source = Path(script.__file__).read_text().replace(", ATARI)", ")")
+        logged = source[source.index("            if run.due(args.eval_every") :]
+        ends.append((logged[: logged.index("\n\n\n")], source[source.index("\nif __name__") :]))
+    assert ends[0] == ends[1]
