@@ -140,9 +140,9 @@ class AtariGame(gym.Env):
         self.observation_space = self.games[0].single_observation_space
         self.action_space = self.games[0].single_action_space
 
-    def reset(self, *, seed: int, options=None) -> tuple[np.ndarray, dict]:
-        """Begin the game that `seed` gives."""
-        obs = [games.reset(seed=[seed])[0] for games in self.games]
+    def reset(self, *, seed: int | None = None, options=None) -> tuple[np.ndarray, dict]:
+        """Begin the game that `seed` gives, by default the next one."""
+        obs = [games.reset(seed=None if seed is None else [seed])[0] for games in self.games]
         self.picture = obs[-1][0, 0]
         return obs[0][0], {}
 

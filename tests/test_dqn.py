@@ -736,7 +736,7 @@ def test_atari_trains_resumes_and_evaluates(tmp_path, capsys):
     options |= {"total_timesteps": 240, "eval_episodes": 2, "run_dir": str(tmp_path / "r")}
     options |= {"exploration_fraction": 0.0, "checkpoint_every": 80}
     out = run_script("dqn_atari.py", *flags(**options), cwd=tmp_path).stdout
-    assert "Atari protocol" in out
+    assert "Atari protocol" in out and "clipped for learning; sticky actions 0\n" in out
     words = ["--resume", "r", "--total-timesteps", 400]
     out = run_script("dqn_atari.py", *words, cwd=tmp_path).stdout
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 400

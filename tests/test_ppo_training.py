@@ -1,8 +1,15 @@
 """PPO as a user runs it: learning, time limits, evaluation, what is logged. Both scripts."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +266,29 @@ def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoi
     assert checkpoint["global_step"] == 640
     weights = {name: x for name, x in checkpoint["agent"].items() if name not in ("low", "high")}
     assert all(x.isfinite().all() for x in weights.values())
+
+
+def test_a_run_says_little_and_how_many_steps_it_makes(ppo, capsys):
+    env_id = f"toy_envs:Counter-truncated{pick(ppo, '', '-discrete')}-v0"  # 128 episodes
+    ppo.train(ppo.Args(env_id=env_id, total_timesteps=700, **SHORT))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 10 and "640 steps, seed 1" in lines[0]
+
+
+def test_on_a_terminal_a_bar_shows_speed_time_left_and_recent_returns(tmp_path):
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    words = flags(env_id="Pendulum-v1", total_timesteps=1280, **SHORT)
+    script = command(ROOT / "ppo_continuous.py", *words)
+    done = subprocess.run(script, cwd=tmp_path, stderr=its, stdout=subprocess.PIPE, text=True)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    assert done.returncode == 0 and "steps/s" not in done.stdout  # no lines beside the bar
+    whole = r"Pendulum-v1: 100%.* 1.28k/1.28k \[\d\d:\d\d<00:00, .*step/s, return -.* \(last 6\)"
+    assert re.search(whole, shown.decode())
 
 
 def test_best_pt_is_the_first_of_the_best(ppo, monkeypatch):
