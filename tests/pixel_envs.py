@@ -63,6 +63,27 @@ class Clock(gym.Env):
         return self._obs(), float(self.t % 5 - 2), bool(terminated), bool(truncated), {}
 
 
+class Constant(gym.Env):
+    """Reward 1 and a grey frame at every step; after `length` steps it terminates or is truncated."""
+
+    observation_space = gym.spaces.Box(0, 255, (36, 36), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+    frame = np.full((36, 36), 200, np.uint8)
+
+    def __init__(self, length, terminates):
+        self.length, self.terminates = length, terminates
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.frame, {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.length
+        return self.frame, 1.0, over and self.terminates, over and not self.terminates, {}
+
+
 class Unrepeatable(Clock):
     """Draws from a generator that nobody seeded: a resumed run cannot find its episodes again."""
 
@@ -91,6 +112,8 @@ class Noise(gym.Env):
 gym.register("Catch-v0", Catch)
 gym.register("SmallCatch-v0", Catch, kwargs={"pixels": 36, "start": -1})
 gym.register("Clock-v0", Clock)
+gym.register("Constant-terminated-v0", Constant, kwargs={"length": 3, "terminates": True})
+gym.register("Constant-truncated-v0", Constant, kwargs={"length": 6, "terminates": False})
 gym.register("Unrepeatable-v0", Unrepeatable)
 gym.register("Colours-v0", Noise, kwargs={"shape": (3, 84, 84)})
 gym.register("ColoursLast-v0", Noise, kwargs={"shape": (84, 84, 3)})

@@ -771,6 +771,29 @@ def test_evaluation_acts_at_random_as_often_as_it_says(monkeypatch):
             assert chi_squared(np.bincount(np.array(played) + 1), [1000] * 3) < 1
 
 
+@pytest.mark.parametrize(
+    "end, n_step, expected",
+    [
+        ("terminated", 3, [2.71, 1.9, 1.0]),
+        ("truncated", 1, [10, 10, 10, 10]),
+        ("truncated", 3, [10, 10, 10, 10]),
+    ],
+)
+def test_value_at_time_limits(end, n_step, expected):
+    """Reward 1 forever, discount 0.9: cut off, it is worth 10 at every step."""
+    options = SHORT | {"env_id": f"pixel_envs:Constant-{end}-v0", "gamma": 0.9, "n_step": n_step}
+    options |= {"train_frequency": 1, "target_network_frequency": 12, "learning_rate": 5e-4}
+    agent = dqn.load_agent(
+        dqn.train(dqn.Args(**options | {"total_timesteps": 1000, "batch_size": 32}))
+    )
+    stacks = torch.zeros(len(expected), 4, 36, 36)
+    for t in range(len(expected)):
+        stacks[t, 3 - t :] = 200
+    with torch.no_grad():
+        values = agent.critic(stacks)
+    np.testing.assert_allclose(values, np.transpose([expected] * 2), atol=0.3)
+
+
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_wrong_reward_stops_the_run_and_leaves_the_last_good_checkpoint(
