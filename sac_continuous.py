@@ -198,8 +198,7 @@ class Replay:
         self.start(obs)
         for n in np.flatnonzero(terminated | truncated):  # the last one, which `obs` has no more
             next_obs[n] = infos["final_obs"][n]
-        parts = before, action, reward, terminated, next_obs
-        parts = [np.reshape(part, (len(obs), -1)) for part in parts]
+        parts = [x.reshape(len(obs), -1) for x in (before, action, reward, terminated, next_obs)]
         rows = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
         begin = self.num_rows % len(self.rows)
         self.rows[begin : begin + len(rows)] = rows
@@ -211,9 +210,10 @@ class Replay:
         return torch.randint(filled, self.batch_size, generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return obs, reward and next obs of the last `count` rows."""
-        rows = torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)
-        return torch.cat(self.rows[rows].split(self.columns, 1)[::2], 1)
+        """Return, flat, obs, reward and next obs of the last `count` rows, and the obs now."""
+        rows = self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
+        parts = *rows.split(self.columns, 1)[::2], self.shown.to(rows.device)
+        return torch.cat([part.flatten() for part in parts])
 
     def state_dict(self) -> dict:
         """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
