@@ -1,5 +1,6 @@
 """What the tests share: running a script as a user does, and reading what it left."""
 
+import ast
 import json
 import os
 import random
@@ -146,6 +147,14 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if tag != "charts/SPS"]
     return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
+
+
+def read_args(script: str) -> dict[str, tuple[str, str]]:
+    """Annotation and help of every argument of a script, as written."""
+    statements = ast.parse((ROOT / script).read_text()).body
+    (args,) = (x for x in statements if isinstance(x, ast.ClassDef) and x.name == "Args")
+    pairs = zip(args.body[1::2], args.body[2::2], strict=True)
+    return {x.target.id: (ast.unparse(x.annotation), about.value.value) for x, about in pairs}
 
 
 def assert_same(a, b) -> None:

@@ -1,11 +1,10 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
-import ast
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, read_args, run_script
 
 CASES = {
     "--env-id Nope-v3": "Nope",
@@ -118,15 +117,8 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
 def test_help_says_what_every_flag_does(tmp_path, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = " ".join(run_script(script, "--help", cwd=tmp_path).stdout.split())
-    (args,) = (
-        x
-        for x in ast.parse((ROOT / script).read_text()).body
-        if isinstance(x, ast.ClassDef) and x.name == "Args"
-    )
-    _, *body = args.body
-    for field, about in zip(body[::2], body[1::2], strict=True):
-        assert f"--{field.target.id.replace('_', '-')}" in text
-        assert " ".join(about.value.value.split()) in text
+    for name, (_, about) in read_args(script).items():
+        assert f"--{name.replace('_', '-')}" in text and " ".join(about.split()) in text
 
 
 def test_without_a_compiler_it_says_which_package_to_install_and_runs_eagerly(

@@ -169,6 +169,12 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     assert results.read_folder(Path("r"))["InvertedPendulum-v5"][0].steps.tolist() == [
         step for step, _ in expected
     ]
+    written = path.read_bytes()
+    with monkeypatch.context() as patch:  # killed while it writes
+        patch.setattr(results.csv, "writer", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            results.export([Path("r")])
+    assert path.read_bytes() == written
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--squash"])
     with pytest.raises(SystemExit):  # what is there is of another command
         results.export([ppo.train(dataclasses.replace(args, run_dir="other", squash=True))])
@@ -277,8 +283,10 @@ def test_the_table_has_published_figures_and_commands(suite, capsys):
     out = capsys.readouterr().out
     assert "| -40.4 ± 7.2 |" in out and re.search(r"My-v0 \| 500 .* - \|\n", out)
     assert out.count("python ppo_continuous.py --seed 1\n") == 2
-    with pytest.raises(SystemExit):
-        results.table("nothing")
+    (results.FOLDER / "empty").mkdir()
+    for name in ("nothing", "empty"):
+        with pytest.raises(SystemExit):
+            results.table(name)
 
 
 def assert_picture(path):
@@ -296,6 +304,12 @@ def test_plot_draws_curves_and_aggregates(suite, capsys, monkeypatch):
     random = random_returns.read()
     scores, _ = plots.normalised(results.read_folder(suite))
     assert scores["HalfCheetah-v5"][1] == pytest.approx(1.0, abs=0.01)
+    unfinished = make_result("Hopper-v5")
+    del unfinished.config["evaluation"]
+    assert plots.normalised({"Hopper-v5": [unfinished]}) == (
+        {},
+        ["Hopper-v5: 1 of 1 runs are not finished"],
+    )
     level = (2100 - random["Hopper-v5"]) / (2382.86 - random["Hopper-v5"])
     assert scores["Hopper-v5"][2] == pytest.approx(level, abs=0.01)
     mean = np.mean(np.sort(np.concatenate(list(scores.values())))[1:-1])  # of 6, a quarter off
@@ -371,6 +385,9 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     plots.compare(suite, Path("e"))
     out = capsys.readouterr().out
     assert out.count("97.5% interval") == 2 and ", and undecided on 1." in out
+    assert (
+        plots.verdict("a", "b", {"better": ["X"], "the same": ["Y"]}) == "b is better on X than a."
+    )
     with pytest.raises(SystemExit):
         plots.compare(suite / "HalfCheetah-v5", Path("b"))
     Path("file").touch()
@@ -460,6 +477,7 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("export", "name run folders"),
         ("speed --repeats 0", "--repeats 0"),
         ("speed --num-envs 0", "--num-envs 0"),
+        ("speed --threads 0", "--threads 0"),
         ("random --episodes 0", "--episodes 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
         ("random --env-ids Nope-v0", "--env-ids Nope-v0: "),

@@ -1,6 +1,5 @@
 """Environments, seeding, checkpoints and parameters."""
 
-import ast
 import multiprocessing
 import os
 import random
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import assert_same
+from conftest import assert_same, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -495,14 +494,6 @@ def test_defaults_are_cleanrls(args, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def fields(script):
-    """Annotation and help of every argument, as written."""
-    statements = ast.parse(Path(script.__file__).read_text()).body
-    (args,) = (x for x in statements if isinstance(x, ast.ClassDef) and x.name == "Args")
-    pairs = zip(args.body[1::2], args.body[2::2], strict=True)
-    return {x.target.id: (ast.unparse(x.annotation), about.value.value) for x, about in pairs}
-
-
 @pytest.mark.parametrize(
     "a, b, unlike",
     [
@@ -513,8 +504,8 @@ def fields(script):
     ],
 )
 def test_what_scripts_share_is_alike_to_the_letter(a, b, unlike):
-    both = fields(a).keys() & fields(b).keys()
-    assert {name for name in both if fields(a)[name] != fields(b)[name]} == unlike
+    first, second = (read_args(f"{script.SCRIPT}.py") for script in (a, b))
+    assert {x for x in first.keys() & second.keys() if first[x] != second[x]} == unlike
     ends = []
     for script in (a, b):
         source = Path(script.__file__).read_text().replace(", ATARI)", ")")
