@@ -317,8 +317,9 @@ class Replay:
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
         slots = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
+        frames = self.frames.index_select(0, slots.flatten()).unflatten(0, slots.shape)
         layout = {"memory_format": torch.channels_last}  # convolutions are faster so
-        obs, next_obs = (x.contiguous(**layout) for x in self.frames[slots].split(4, 1))
+        obs, next_obs = (x.contiguous(**layout) for x in frames.split(4, 1))
         return obs, self.actions[row, env], reward, discount, next_obs
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
