@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import assert_same, read_args
+from conftest import ROOT, assert_same, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -400,6 +401,23 @@ def test_threads_do_not_depend_on_what_ran_before():
     runs.setup_torch(args, faster="cuda")
     torch.set_num_threads(before)
     assert args.num_threads == runs.MOST_THREADS
+
+
+FLUSH = """
+import platform, torch
+from types import SimpleNamespace
+from common import runs
+args = SimpleNamespace(device="cpu", num_threads=2, hidden_sizes=(), torch_deterministic=True)
+runs.setup_torch(args, faster="cuda")
+tiny = torch.full((1_000_000,), 1e-30) * 1e-10
+supported = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
+print(tiny.count_nonzero().item() if supported else 0)
+"""
+
+
+def test_every_thread_takes_what_is_below_float32_as_zero():
+    done = subprocess.run([sys.executable, "-c", FLUSH], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "0\n", done.stderr
 
 
 @pytest.mark.parametrize(
