@@ -395,4 +395,4 @@ if __name__ == "__main__":
         train(args, checkpoint)
     else:
         check_args(args)
-        runs.evaluate(load_agent(args.evaluate, device=checkpoint["device"]), args)
+        runs.evaluate(load_agent, args, checkpoint["device"])

@@ -219,10 +219,22 @@ def describe(returns: list[float], lengths: list[int]) -> str:
     return f"evaluation of {len(returns)} episodes: return {spread}, length {np.mean(lengths):,.0f}"
 
 
-def evaluate(agent: torch.nn.Module, args) -> None:
+@contextmanager
+def state_of(run_dir: str | Path):
+    """End with one line if what is loaded does not fit, as where the network was edited since."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        fail(f"{run_dir} does not fit the script or environment as it is now: {why:.300}")
+
+
+def evaluate(load_agent: Callable, args, device: str) -> None:
     """Play the episodes of --evaluate, and say how it went."""
     torch.set_num_threads(args.num_threads)
-    make_deterministic(args, next(agent.parameters()).device)
+    with state_of(args.evaluate):
+        agent = load_agent(args.evaluate, device=device)
+    make_deterministic(args, torch.device(device))
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
@@ -268,8 +280,11 @@ class Run:
         self.device = device.type
         if checkpoint and checkpoint["device"] != self.device:
             fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
-        for name, part in parts.items() if checkpoint else ():
-            part.load_state_dict(checkpoint.pop(name))  # a replay is not to stay in memory twice
+        with state_of(self.dir):
+            for name, part in parts.items() if checkpoint else ():
+                part.load_state_dict(
+                    checkpoint.pop(name)
+                )  # a replay is not to stay twice in memory
         config = {"script": script, "args": vars(args)} | provenance(device)
         try:
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, read_args, run_script
 
+from common.checkpoint import load_checkpoint, save_checkpoint
+
 CASES = {
     "--env-id Nope-v3": "Nope",
     "--env-id nowhere:Thing-v0": "nowhere",
@@ -93,6 +95,10 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     words += "--update-epochs 1 --eval-episodes 1 --no-compile --run-dir r"
     run("ppo_continuous.py", *words.split(), cwd=tmp_path)
     whole = (folder / "checkpoint.pt").read_bytes()
+    state = load_checkpoint(folder / "checkpoint.pt") | {"global_step": 64}
+    state["args"]["hidden_sizes"] = (32,)  # as if the network had been edited
+    save_checkpoint(tmp_path / "edited.pt", state)
+    edited = (tmp_path / "edited.pt").read_bytes()
     refused = (
         (whole[:1000], "--resume r", "damaged"),
         (b"", "--evaluate r", "empty"),
@@ -101,6 +107,8 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         (whole, "--evaluate r --eval-every 5", "takes --eval-every from the run"),
         (whole, "--run-dir r", "exists already; --resume r continues it"),
         (whole, "--evaluate r --no-compile", "takes --compile from the run"),
+        (edited, "--resume r", "does not fit the script"),
+        (edited, "--evaluate r", "size mismatch for actor.0.weight"),
     )
     for content, words, why in refused:
         (folder / "checkpoint.pt").write_bytes(content)
