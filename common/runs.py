@@ -127,8 +127,11 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     return dataclasses.replace(stored, **anew), checkpoint
 
 
-def make_deterministic(args, device: torch.device) -> None:
-    """Let CUDA take algorithms that give the same bits each time, with --torch-deterministic."""
+def set_arithmetic(args, device: torch.device) -> None:
+    """Let the CPU take denormal numbers as zero, and CUDA repeat itself (--torch-deterministic)."""
+    # below 1e-38, where Adam's averages of a dead unit end, arithmetic is many times slower: half
+    # of SAC's update. Set before any thread begins, as threads inherit it
+    torch.set_flush_denormal(True)
     if device.type == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -141,9 +144,6 @@ def setup_torch(args, faster: str) -> torch.device:
     `faster` is what auto takes: cuda for large networks. They, and layers of 256 units, multiply in
     "medium" precision where its error is below 1e-4, which rules out TF32 and bfloat16.
     """
-    # below 1e-38, where Adam's averages of a dead unit end, arithmetic is many times slower: half
-    # of SAC's update. Set before any thread begins, as threads inherit it
-    torch.set_flush_denormal(True)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
@@ -151,10 +151,10 @@ def setup_torch(args, faster: str) -> torch.device:
     large = faster == "cuda"
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
     torch.set_num_threads(args.num_threads)
+    set_arithmetic(args, device)
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
-    make_deterministic(args, device)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     wide = large or max(args.hidden_sizes, default=0) >= 256
     torch.set_float32_matmul_precision("medium" if wide else "highest")
@@ -232,9 +232,9 @@ def state_of(run_dir: str | Path):
 def evaluate(load_agent: Callable, args, device: str) -> None:
     """Play the episodes of --evaluate, and say how it went."""
     torch.set_num_threads(args.num_threads)
+    set_arithmetic(args, torch.device(device))
     with state_of(args.evaluate):
         agent = load_agent(args.evaluate, device=device)
-    make_deterministic(args, torch.device(device))
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
