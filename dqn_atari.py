@@ -1,6 +1,6 @@
 """Deep Q-Network (DQN) for Atari, in one file, with the improvements that are best known.
 
-Learn from random batches of a replay what each action is worth, with targets of a copy that follows
+Learn from random batches of a replay what each action is worth, with targets from a copy updated
 now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, Nature 518.
 Flags: --double (van Hasselt 2016), --dueling (Wang 2016), --prioritized (Schaul 2016), --n-step.
 
@@ -40,13 +40,13 @@ class Args:
     torch_deterministic: bool = True
     """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes what is faster for this work"""
+    """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     bf16: bool = False
-    """learn in mixed precision: faster with images or 256 units, on hardware that has bfloat16"""
+    """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "single-file-rl"
@@ -58,7 +58,7 @@ class Args:
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
     resume: str | None = None
-    """continue the run in this folder, exactly as if it had never stopped"""
+    """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
@@ -87,7 +87,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     tau: float = 1.0
-    """how far the target network moves towards the Q-network"""
+    """how far the target network moves towards the Q-network; 1: all the way"""
     target_network_frequency: int = 1000
     """environment steps between moves of the target network"""
     batch_size: int = 32
@@ -252,7 +252,7 @@ class Replay:
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
         """Add a transition of every environment; `obs` are the next observations."""
-        clip = self.args.clip_reward & np.isfinite(reward)  # what is not is to be noticed
+        clip = self.args.clip_reward & np.isfinite(reward)  # NaN is kept, to be noticed
         reward = np.where(clip, np.sign(reward), reward)
         shown = self._keep(obs[:, -1])
         next_frames = shown.copy()
@@ -312,8 +312,7 @@ class Replay:
         rows, columns = (row[:, None] + steps) % len(self.rewards), env[:, None]
         ended = self.ends[rows, columns].any(2).int()
         running = ended.cumsum(1) - ended == 0  # no end before this step
-        powers = self.args.gamma**steps
-        reward = (self.rewards[rows, columns] * powers * running).sum(1)
+        reward = (self.rewards[rows, columns] * self.args.gamma**steps * running).sum(1)
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
         slots = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
@@ -324,7 +323,7 @@ class Replay:
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
         """Set priorities (|error| + 1e-6) ** alpha (equation 1, proportional)."""
-        error = td_error.abs().double().nan_to_num(0, 0)  # a run gone wrong is told elsewhere
+        error = td_error.abs().double().nan_to_num(0, 0)  # require_finite reports it
         priorities = (error + 1e-6) ** self.args.priority_alpha
         self.max_priority = torch.maximum(self.max_priority, priorities.max())
         self.tree.update(indices, priorities)

@@ -43,13 +43,13 @@ class Args:
     torch_deterministic: bool = True
     """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes what is faster for this work"""
+    """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     bf16: bool = False
-    """learn in mixed precision: faster with images or 256 units, on hardware that has bfloat16"""
+    """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "single-file-rl"
@@ -61,7 +61,7 @@ class Args:
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
     resume: str | None = None
-    """continue the run in this folder, exactly as if it had never stopped"""
+    """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
@@ -114,7 +114,7 @@ class Args:
     clip_coef: float = 0.2
     """how far the probability ratio may move before the objective stops rewarding it"""
     clip_vloss: bool = True
-    """clip the value's move in the value loss too"""
+    """in the value loss, clip how far the value moves, too"""
     vf_loss: Literal["mse", "huber"] = "mse"
     """error that the value loss measures"""
     ent_coef: float = 0.01

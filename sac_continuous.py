@@ -1,7 +1,7 @@
 """Soft Actor-Critic (SAC), in one file.
 
-Learn from random batches of a replay what an action is worth, as the smaller of two Q-networks has
-it; move the policy towards better actions while it stays as random as a target entropy asks for.
+Learn from random batches of a replay what an action is worth, by the smaller of two Q-values;
+move the policy towards better actions while it stays as random as a target entropy asks for.
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905.
 
     python sac_continuous.py
@@ -40,13 +40,13 @@ class Args:
     torch_deterministic: bool = True
     """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes what is faster for this work"""
+    """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
     """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
     bf16: bool = False
-    """learn in mixed precision: faster with images or 256 units, on hardware that has bfloat16"""
+    """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "single-file-rl"
@@ -58,7 +58,7 @@ class Args:
     run_dir: str = ""
     """run folder; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
     resume: str | None = None
-    """continue the run in this folder, exactly as if it had never stopped"""
+    """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
     """evaluate the last checkpoint of the run in this folder, and train nothing"""
     render: bool = False
@@ -87,7 +87,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
-    """how far the target network moves towards the Q-network"""
+    """how far the target network moves towards the Q-network; 1: all the way"""
     target_network_frequency: int = 1
     """updates between moves of the target network"""
     batch_size: int = 256
@@ -99,7 +99,7 @@ class Args:
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """every this many updates of the Q-networks, update the policy as many times (TD3's delay)"""
+    """updates of the Q-networks before as many of the policy (TD3's delay)"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -196,7 +196,7 @@ class Replay:
         """Add a transition of every environment; `obs` are the next observations."""
         before, next_obs = self.shown.numpy(), obs.copy()
         self.start(obs)
-        for n in np.flatnonzero(terminated | truncated):  # the last one, which `obs` has no more
+        for n in np.flatnonzero(terminated | truncated):  # `obs` is already the next episode's
             next_obs[n] = infos["final_obs"][n]
         parts = [x.reshape(len(obs), -1) for x in (before, action, reward, terminated, next_obs)]
         rows = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))

@@ -19,7 +19,7 @@ from common.seeding import env_seed, stream_seed
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
-    """Make one environment; `my_module:MyEnv-v0` imports my_module, from where you stand too.
+    """Make one environment; `my_module:MyEnv-v0` imports my_module, also from the working folder.
 
     Observations that are one frame [H, W] of bytes, at least 36 pixels wide and high, become stacks
     of four, black at the beginning.

@@ -129,8 +129,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 
 def set_arithmetic(args, device: torch.device) -> None:
     """Let the CPU take denormal numbers as zero, and CUDA repeat itself (--torch-deterministic)."""
-    # below 1e-38, where Adam's averages of a dead unit end, arithmetic is many times slower: half
-    # of SAC's update. Set before any thread begins, as threads inherit it
+    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower: half of
+    # SAC's update. Set before any thread begins, as threads inherit it
     torch.set_flush_denormal(True)
     if device.type == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -194,8 +194,8 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     def of_inputs(guards) -> list[bool]:  # named x or batch[0], say
         return [re.split(r"\W", guard.name)[0] in inputs for guard in guards]
 
-    # a copy of the code, by which what is compiled is found: with the other checks dropped, a
-    # second run in this process would take the first one's
+    # what is compiled is kept by code object: without the other checks, a second run in this
+    # process would take the first one's, so each has a copy
     code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
     function = FunctionType(code, function.__globals__, *rest)
     options |= {"guard_filter_fn": of_inputs}
@@ -221,7 +221,7 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 
 @contextmanager
 def state_of(run_dir: str | Path):
-    """End with one line if what is loaded does not fit, as where the network was edited since."""
+    """End with one line if what is loaded does not fit, as after an edit of the network."""
     try:
         yield
     except (KeyError, RuntimeError) as error:
@@ -238,6 +238,13 @@ def evaluate(load_agent: Callable, args, device: str) -> None:
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
+def processor() -> str:
+    """Return the processor's name."""
+    about = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", about.read_text() if about.exists() else "", re.M)
+    return names[0] if names else platform.processor()
+
+
 def provenance(device: torch.device) -> dict:
     """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
@@ -252,7 +259,12 @@ def provenance(device: torch.device) -> dict:
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or None,
         "versions": {"python": platform.python_version()} | versions,
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": name},
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "device": name,
+        },
         "num_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

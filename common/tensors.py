@@ -98,7 +98,7 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
 
 
 class Network(nn.Sequential):
-    """Layers of which the last one computes in float32, also where the others do in bfloat16.
+    """Layers, the last of which computes in float32 even where the others use bfloat16.
 
     Its outputs, rounded to 8 bits, would hide small errors in large values.
     """
