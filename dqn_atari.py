@@ -438,7 +438,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             print(f"replay not saved: learning begins at step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
-        noise = torch.zeros(args.num_envs, action_size, device=device)
+        noise = torch.ones(args.num_envs, action_size, device=device)
         act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
@@ -495,5 +495,4 @@ if __name__ == "__main__":
     if args.evaluate is None:
         train(args, checkpoint)
     else:
-        check_args(args)
-        runs.evaluate(load_agent, args, checkpoint["device"])
+        runs.evaluate(load_agent, args, check_args(args), checkpoint["device"])

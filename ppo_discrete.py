@@ -318,13 +318,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
     size = args.minibatch_size or batch_size // args.num_minibatches
-    rollout = Rollout(args, obs_space, action_space, device)
+    with runs.memory_for(args, "num_steps"):
+        rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost] = 0.0
-        act = tensors.to_numpy(agent.sample, rollout.obs[0], rollout.noise[0])
+        act = tensors.to_numpy(agent.sample, rollout.obs[-1], torch.ones_like(rollout.noise[0]))
         while global_step < last_step:
             # collect a rollout; what does not feed the next action waits until it is complete
             start_step, global_step = global_step, global_step + batch_size
@@ -395,5 +396,4 @@ if __name__ == "__main__":
     if args.evaluate is None:
         train(args, checkpoint)
     else:
-        check_args(args)
-        runs.evaluate(load_agent, args, checkpoint["device"])
+        runs.evaluate(load_agent, args, check_args(args), checkpoint["device"])

@@ -46,7 +46,7 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
         args.render, args.capture_video, args.sticky_actions = False, False, 0.0
         try:
             returns, _ = play(None, args, Path())
-        except gym.error.Error as error:
+        except (gym.error.Error, ImportError) as error:
             fail(f"--env-ids {env_id}: {error}")
         figures = env_id, episodes, seed, f"{np.mean(returns):.6g}", f"{np.std(returns):.6g}"
         rows[env_id] = dict(zip(COLUMNS, (*figures, *map(version, COLUMNS[5:]))))

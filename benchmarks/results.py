@@ -158,7 +158,7 @@ def write(run_dir: Path, path: Path) -> dict:
     config = result.config | (json.loads(usage.read_text()) if usage.exists() else {})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n")
-    with (whole := path.with_suffix(".writing")).open("w", newline="") as file:
+    with (whole := path.with_suffix(f".{os.getpid()}.writing")).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for step, seconds, value, length in zip(*result[1:], strict=True):

@@ -117,7 +117,7 @@ class Job:
         """Return the command that made the run folder, if there is a whole one."""
         try:
             return results.command(json.loads((self.run_dir / "config.json").read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def set_aside(self) -> None:

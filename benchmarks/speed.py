@@ -114,8 +114,8 @@ def speed(
             measured, config = clock_script(setting, threads, f"{work.flags} {flags}")
             ours.append(measured)
             if beside:
-                where = {"threads": threads, "device": config["machine"]["device"]}
-                where |= {"atari": atari, "peer": peer}
+                device = "cpu" if config["machine"]["device"] == "cpu" else "cuda"  # it has a name
+                where = {"threads": threads, "device": device, "atari": atari, "peer": peer}
                 peers.append(clock_peer(setting, where))
             print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
         result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}

@@ -11,13 +11,20 @@ FORMAT, VERSION = "single-file-rl checkpoint", 7
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write tensors and plain Python, atomically: at any time the old file is there or the new."""
+    """Write tensors and plain Python, atomically: at any time the old file is there or the new.
+
+    Where that fails, as on a full disk, the run ends with one line, and the old file stays.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} could not be written: {str(error).splitlines()[0]}", code=1)
 
 
 def load_checkpoint(path: Path) -> dict:

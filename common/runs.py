@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -78,7 +78,7 @@ def check_ranges(args) -> None:
     above = next(path for path in folder.parents if os.path.exists(path))
     if new and not os.access(above, os.W_OK | os.X_OK):
         fail(f"--run-dir {folder}: nothing can be written into {above}")
-    if args.track:
+    if args.track and args.evaluate is None:
         try:
             import wandb  # noqa: F401
         except ImportError:
@@ -109,6 +109,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     if refused := given - ANEW[mode]:
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, ANEW[mode]))
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
+    if {"render", "capture_video"} <= given:
+        fail("--render and --capture-video exclude each other")
     checkpoint = load_run(run_dir, script)
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
         print("trained on CUDA, evaluated on the CPU: it rounds differently")
@@ -130,7 +132,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 def set_arithmetic(args, device: torch.device) -> None:
     """Let the CPU take denormal numbers as zero, and CUDA repeat itself (--torch-deterministic)."""
     # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower: half of
-    # SAC's update. Set before any thread begins, as threads inherit it
+    # SAC's update. Set before PyTorch's threads begin, which inherit it
     torch.set_flush_denormal(True)
     if device.type == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -150,8 +152,8 @@ def setup_torch(args, faster: str) -> torch.device:
     device = torch.device(device if device != "auto" else "cpu")
     large = faster == "cuda"
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
-    torch.set_num_threads(args.num_threads)
     set_arithmetic(args, device)
+    torch.set_num_threads(args.num_threads)
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
@@ -168,7 +170,7 @@ def memory_for(args, name: str):
     """End with one line if there is no memory for what the argument `name` sizes."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
         fail(f"{flag(name)} {getattr(args, name)}: {str(error).splitlines()[0]}")
 
 
@@ -229,12 +231,14 @@ def state_of(run_dir: str | Path):
         fail(f"{run_dir} does not fit the script or environment as it is now: {why:.300}")
 
 
-def evaluate(load_agent: Callable, args, device: str) -> None:
-    """Play the episodes of --evaluate, and say how it went."""
-    torch.set_num_threads(args.num_threads)
+def evaluate(load_agent: Callable, args, spaces: tuple, device: str) -> None:
+    """Play the episodes of --evaluate in an environment of these spaces, and say how it went."""
     set_arithmetic(args, torch.device(device))
+    torch.set_num_threads(args.num_threads)
     with state_of(args.evaluate):
         agent = load_agent(args.evaluate, device=device)
+        if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
+            raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
 
 
@@ -292,11 +296,10 @@ class Run:
         self.device = device.type
         if checkpoint and checkpoint["device"] != self.device:
             fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
-        with state_of(self.dir):
-            for name, part in parts.items() if checkpoint else ():
-                part.load_state_dict(
-                    checkpoint.pop(name)
-                )  # a replay is not to stay twice in memory
+        for name in parts if checkpoint else ():
+            # an environment's errors are its own; a replay is not to stay in memory twice
+            with nullcontext() if name == "envs" else state_of(self.dir):
+                parts[name].load_state_dict(checkpoint.pop(name))
         config = {"script": script, "args": vars(args)} | provenance(device)
         try:
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
@@ -322,6 +325,10 @@ class Run:
             rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        elif (self.dir / "config.json").exists():
+            before = json.loads((self.dir / "config.json").read_text())
+            if new := [x for x in ("commit", "versions", "machine") if before.get(x) != config[x]]:
+                print(f"not as it was begun: {', '.join(new)}; it goes on, perhaps not exactly")
         why = "the faster here" if torch.cuda.is_available() else "no CUDA here"
         auto = f" ({why})" if args.device == "auto" else ""
         mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
@@ -330,6 +337,8 @@ class Run:
         if atari.find_game(args.env_id):
             rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
             print(f"{atari.PROTOCOL}; {rewards}; sticky actions {args.sticky_actions:g}")
+        if (begin := getattr(args, "learning_starts", 0)) >= last_step:
+            print(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
         sys.stdout.flush()
         if checkpoint is None:
             self.save(0)

@@ -1,5 +1,6 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
+import json
 import time
 
 import pytest
@@ -95,10 +96,17 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     words += "--update-epochs 1 --eval-episodes 1 --no-compile --run-dir r"
     run("ppo_continuous.py", *words.split(), cwd=tmp_path)
     whole = (folder / "checkpoint.pt").read_bytes()
-    state = load_checkpoint(folder / "checkpoint.pt") | {"global_step": 64}
-    state["args"]["hidden_sizes"] = (32,)  # as if the network had been edited
-    save_checkpoint(tmp_path / "edited.pt", state)
-    edited = (tmp_path / "edited.pt").read_bytes()
+    (tmp_path / "hidden" / "wandb").mkdir(parents=True)
+    (tmp_path / "hidden" / "wandb" / "__init__.py").write_text("raise ImportError")
+
+    def edit(**changed) -> bytes:
+        state = load_checkpoint(folder / "checkpoint.pt") | {"global_step": 64}
+        state["args"] |= changed
+        save_checkpoint(tmp_path / "edited.pt", state)
+        return (tmp_path / "edited.pt").read_bytes()
+
+    edited = edit(hidden_sizes=(32,))  # as if the network had been edited
+    elsewhere, tracked = edit(env_id="MountainCarContinuous-v0"), edit(track=True)
     refused = (
         (whole[:1000], "--resume r", "damaged"),
         (b"", "--evaluate r", "empty"),
@@ -109,6 +117,9 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         (whole, "--evaluate r --no-compile", "takes --compile from the run"),
         (edited, "--resume r", "does not fit the script"),
         (edited, "--evaluate r", "size mismatch for actor.0.weight"),
+        (elsewhere, "--evaluate r", "does not fit the script or environment as it is now"),
+        (whole, "--evaluate r --render --capture-video", "exclude each other"),
+        (tracked, "--resume r", "pip install wandb"),
     )
     for content, words, why in refused:
         (folder / "checkpoint.pt").write_bytes(content)
@@ -116,6 +127,13 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert why in done.stderr
         assert (folder / "checkpoint.pt").read_bytes() == content
+    (folder / "checkpoint.pt").write_bytes(tracked)
+    run("ppo_continuous.py", "--evaluate", "r", cwd=tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"commit": "another"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "checkpoint.pt").write_bytes(edit(track=False))
+    done = run("ppo_continuous.py", "--resume", "r", cwd=tmp_path)
+    assert "not as it was begun: commit; it goes on" in done.stdout
     done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"

@@ -403,6 +403,19 @@ def test_threads_do_not_depend_on_what_ran_before():
     assert args.num_threads == runs.MOST_THREADS
 
 
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.ones(3)})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="1"):
+        save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.zeros(3)})
+    assert "checkpoint.pt could not be written: [Errno 28] No space" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["x"].sum() == 3
+
+
 FLUSH = """
 import platform, torch
 from types import SimpleNamespace

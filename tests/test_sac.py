@@ -713,7 +713,10 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, options, why):
 
 
 @pytest.mark.parametrize("num_envs", [1, 4])
-def test_learning_starts_with_the_first_transitions_at_the_earliest(num_envs):
-    options = SHORT | {"num_envs": num_envs, "learning_starts": num_envs, "total_timesteps": 12}
-    run_dir = sac.train(sac.Args(env_id="Pendulum-v1", **options))
-    assert load_checkpoint(run_dir / "checkpoint.pt")["global_step"] == 12
+def test_learning_starts_with_the_first_transitions_at_the_earliest(num_envs, capsys):
+    options = SHORT | {"num_envs": num_envs, "total_timesteps": 12}
+    for starts in (num_envs, 12):
+        options |= {"learning_starts": starts, "run_dir": f"r{starts}"}
+        run_dir = sac.train(sac.Args(env_id="Pendulum-v1", **options))
+        assert load_checkpoint(run_dir / "checkpoint.pt")["global_step"] == 12
+        assert ("nothing is learned" in capsys.readouterr().out) == (starts == 12)
