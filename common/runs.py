@@ -131,8 +131,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 
 def set_arithmetic(args, device: torch.device) -> None:
     """Let the CPU take denormal numbers as zero, and CUDA repeat itself (--torch-deterministic)."""
-    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower: half of
-    # SAC's update. Set before PyTorch's threads begin, which inherit it
+    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
+    # PyTorch's threads begin, which inherit it
     torch.set_flush_denormal(True)
     if device.type == "cuda" and args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -162,7 +162,7 @@ def to_numpy(function: Callable, *examples: torch.Tensor) -> Callable:
     On a few rows PyTorch takes several times as long as the arithmetic; NumPy's calls are cheaper.
     On the CPU `function` is therefore traced and written down in NumPy; weights keep sharing their
     memory. Elsewhere, and where that cannot be done or does not give the same for `examples`,
-    `function` itself is called. It must not branch on values.
+    `function` itself is called. It must not branch on values. Zeros as `examples` hide mistakes.
     """
 
     def untraced(*tensors: torch.Tensor) -> list[np.ndarray]:
