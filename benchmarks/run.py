@@ -135,11 +135,12 @@ class Job:
             return
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         self.process = None
-        peak = peak_memory(usage)
-        if self.path(".usage.json").exists():
-            peak = max(peak, json.loads(self.path(".usage.json").read_text())["peak_memory_mb"])
+        peak, noted = peak_memory(usage), self.path(".usage.json")
+        if noted.exists():  # by an earlier part of the run
+            peak = max(peak, json.loads(noted.read_text())["peak_memory_mb"])
         usage = {"peak_memory_mb": round(peak), "workers": workers}
-        self.path(".usage.json").write_text(json.dumps(usage) + "\n")
+        (whole := self.path(".usage.writing")).write_text(json.dumps(usage) + "\n")
+        whole.replace(noted)  # a runner killed while it writes leaves the old one
         last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
         if code == 0 and FINISHED.search(self.log()):
             self.finish()

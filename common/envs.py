@@ -186,6 +186,8 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         env = make_env(args)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+    if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
+        fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
     obs_space, action_space = env.observation_space, env.action_space
     stacked = isinstance(env, gym.wrappers.FrameStackObservation)
     env.close()

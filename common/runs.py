@@ -83,6 +83,8 @@ def check_ranges(args) -> None:
             import wandb  # noqa: F401
         except ImportError:
             fail("--track needs wandb: pip install wandb")
+    if getattr(args, "lr_schedule", "linear") != "linear":
+        require(args.anneal_lr, args, "lr_schedule", "go with --anneal-lr")
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)

@@ -31,6 +31,7 @@ CASES = {
     "--update-epochs 0": "at least 1",
     "--learning-rate 0": "above 0",
     "--learning-rate nan": "--learning-rate",
+    "--lr-schedule cosine --no-anneal-lr": "--lr-schedule cosine: must go with --anneal-lr",
     "--learning-rate inf": "--learning-rate",
     "--gamma 1.5": "from 0 to 1",
     "--gae-lambda -0.1": "from 0 to 1",
@@ -64,6 +65,7 @@ DISCRETE_CASES = {
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 512 samples",
     "--num-minibatches 3 --env-id ALE/Pong-v5": "--num-minibatches 3: must divide a rollout's 1024",
     "--sticky-actions 1.5": "from 0 to 1",
+    "--sticky-actions 0.25": "CartPole-v1 is not a game of ale-py's",
 }
 ALL = [("ppo_continuous.py", *case) for case in CASES.items()]
 ALL += [("ppo_discrete.py", *case) for case in DISCRETE_CASES.items()]

@@ -83,11 +83,15 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
 
 def test_the_readmes_speeds_are_those_of_the_committed_files():
     table = (ROOT / "README.md").read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
-    told, measured, script = [], [], ""
+    told, measured, script, work = [], [], "", ""
     for line in table.splitlines()[1:]:
-        new_script, _, machine, *columns = (x.strip(" `") for x in line.strip("|").split("|"))
-        script = new_script or script
-        told.append((script, machine, *columns))
+        new_script, new_work, machine, *columns = (
+            x.strip(" `") for x in line.strip("|").split("|")
+        )
+        script, work = new_script or script, new_work or work
+        peer = next((x for x in ("TorchRL", "SBX") if x in work), "Stable-Baselines3")
+        count = re.search(r"(\d+) (environment|game)", work)
+        told.append((script, peer, int(count[1]) if count else 1, machine, *columns))
     for path in results.FOLDER.glob("speed_*.json"):
         content = json.loads(path.read_text())
         (found,) = content["measurements"]
@@ -95,7 +99,9 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
         rates = [np.median(x["steps_per_second"]) for x in found.values() if isinstance(x, dict)]
         machine = re.search(r"(slower_)?(amx|amd)$", path.stem)
         machine = (machine[1] or "").replace("_", " ") + machine[2].upper()
-        row = f"{content['script']}.py", machine + ", `--bf16" * ("--bf16" in found["command"])
+        peer = next(x for x in ("TorchRL", "SBX", "Stable-Baselines3") if x in found)
+        row = f"{content['script']}.py", peer, found["num_envs"]
+        row += (machine + ", `--bf16" * ("--bf16" in found["command"]),)
         row += (str(content["num_threads"]), *(f"{rate:,.0f}" for rate in rates))
         row += (f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",)
         measured.append(row)
