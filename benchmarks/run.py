@@ -213,6 +213,7 @@ def run(
     suite: Positional[str],
     env_ids: tuple[str, ...] = (),
     seeds: int = 0,
+    first_seed: int = 1,
     workers: int = 0,
     threads: int = 1,
     run_dir: Path = Path("runs/benchmarks"),
@@ -226,7 +227,8 @@ def run(
     Args:
         suite: one of those in benchmarks/suites.py.
         env_ids: only these environments of the suite.
-        seeds: seeds of each, from 1 on, if not as many as the suite has.
+        seeds: how many of each; 0: as many as the suite has.
+        first_seed: the first of them, as where another machine runs the ones before.
         workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
         threads: threads of each run.
         run_dir: folder of the suites' runs.
@@ -238,6 +240,7 @@ def run(
         fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
     for name, value, least in (
         ("seeds", seeds, 0),
+        ("first-seed", first_seed, 0),
         ("workers", workers, 0),
         ("threads", threads, 1),
     ):
@@ -250,7 +253,7 @@ def run(
     jobs = [
         Job(script, env_id, flags, seed, run_dir / suite)
         for script, env_id, flags in SUITES[suite].runs
-        for seed in range(1, 1 + (seeds or SUITES[suite].seeds))
+        for seed in range(first_seed, first_seed + (seeds or SUITES[suite].seeds))
         if env_id in env_ids or not env_ids
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -478,6 +478,7 @@ def test_the_interval_of_a_difference_covers_it(seeds):
     [
         ("run smoke --workers -1", "--workers -1: must be at least 0"),
         ("run smoke --seeds -1", "--seeds -1"),
+        ("run smoke --first-seed -1", "--first-seed -1: must be at least 0"),
         ("run smoke --threads 0", "--threads 0: must be at least 1"),
         ("run smoke --env-ids Hoper-v5", "not in smoke, which has Pendulum-v1, CartPole-v1"),
         ("run somke", "there are ppo_continuous"),
@@ -633,6 +634,8 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
     before = [log.read_text() for log in logs]
     monkeypatch.setattr(run.subprocess, "Popen", None)  # what is finished is not repeated
     run.run("tiny", workers=2)
+    run.run("tiny", seeds=1, first_seed=2)
+    assert "1 of 1 finished" in capsys.readouterr().out.split("2 of 2 finished")[-1]
     assert [log.read_text() for log in logs] == before
 
 
