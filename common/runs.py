@@ -308,33 +308,48 @@ class Run:
         except OSError as error:
             fail(f"--run-dir {self.dir}: {error}")
         if args.track:
-            import wandb
-
-            identity = self.dir / "wandb_id"
-            if not identity.exists():  # a folder's name may be another run's too
-                identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
-            ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
-            try:
-                wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
-            except Exception as error:  # wandb has many
-                if checkpoint is None:
-                    shutil.rmtree(self.dir)
-                fail(f"--track: {' '.join(str(error).split())}")
+            self._track(new=checkpoint is None)
         # readers drop what a killed run logged after its checkpoint, as it is logged again
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
+        self._keep_config(config, new=checkpoint is None)
+        self._introduce()
         if checkpoint is None:
-            rows = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
+            self.save(0)
+
+    def _track(self, new: bool) -> None:
+        import wandb
+
+        args, identity = self.args, self.dir / "wandb_id"
+        if not identity.exists():  # a folder's name may be another run's too
+            identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
+        ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
+        try:
+            wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
+        except Exception as error:  # wandb has many
+            if new:
+                shutil.rmtree(self.dir)
+            fail(f"--track: {' '.join(str(error).split())}")
+
+    def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
+        path = self.dir / "config.json"
+        if new:
+            rows = "".join(f"|{key}|{value}|\n" for key, value in config["args"].items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        elif (self.dir / "config.json").exists():
-            before = json.loads((self.dir / "config.json").read_text())
-            if new := [x for x in ("commit", "versions", "machine") if before.get(x) != config[x]]:
-                print(f"not as it was begun: {', '.join(new)}; it goes on, perhaps not exactly")
+            path.write_text(json.dumps(config, indent=2) + "\n")
+        elif path.exists():
+            before = json.loads(path.read_text())
+            if other := [
+                x for x in ("commit", "versions", "machine") if before.get(x) != config[x]
+            ]:
+                print(f"not as it was begun: {', '.join(other)}; it goes on, perhaps not exactly")
+
+    def _introduce(self) -> None:
+        args, last_step = self.args, self.last_step
         why = "the faster here" if torch.cuda.is_available() else "no CUDA here"
         auto = f" ({why})" if args.device == "auto" else ""
         mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
-        how = f"{device}{auto}, {args.num_threads} thread(s), {mode}"
+        how = f"{self.device}{auto}, {args.num_threads} thread(s), {mode}"
         print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
         if atari.find_game(args.env_id):
             rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
@@ -342,8 +357,6 @@ class Run:
         if (begin := getattr(args, "learning_starts", 0)) >= last_step:
             print(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
         sys.stdout.flush()
-        if checkpoint is None:
-            self.save(0)
 
     def __enter__(self) -> "Run":
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
