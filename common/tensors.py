@@ -199,4 +199,4 @@ def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
     high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.from_numpy(low), torch.from_numpy(np.maximum(low, high))  # both may be one number
+    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # both may be one number

@@ -1,5 +1,6 @@
 """Atari: one protocol, the three ends of an episode, and games found again exactly."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -164,6 +165,9 @@ def test_actions_are_not_sticky_unless_asked():
         rng = np.random.default_rng(0)
         steps = play(games, [np.full(4, rng.integers(4)) for _ in range(60)])
         assert distinct(np.stack([obs for obs, *_ in steps], axis=1)) == kinds
+    args = ppo.Args(env_id="ALE/Breakout-v5", sticky_actions=0.25)
+    for games in (envs.Environments(args).vector_env, envs.make_env(args).games[0]):
+        assert games.games_per_seed == 1  # as with sticky actions
 
 
 def test_rewards_are_the_score():
@@ -254,6 +258,15 @@ def test_a_time_limit_truncates_with_the_real_last_observation():
     assert different[0] < 0.01 < different[1]  # ale-py leaves the limit's very last frame out
     assert limited.episode.tolist() == [1, 1]
     assert not play(limited, actions[100:])[0][-1].any()
+
+
+def test_evaluation_ends_at_the_time_limit(monkeypatch):
+    games = functools.partial(atari.AtariGames, max_num_frames_per_episode=400)
+    monkeypatch.setattr(atari, "AtariGames", games)
+    game = atari.AtariGame("pong", 0.0, None)
+    game.reset(seed=5)
+    ends = [game.step(0)[2:4] for _ in range(100)]
+    assert [x for x in ends if any(x)] == [(False, True)]
 
 
 def test_training_tells_the_three_ends_apart(monkeypatch):

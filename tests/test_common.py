@@ -1,8 +1,10 @@
 """Environments, seeding, checkpoints and parameters."""
 
+import inspect
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import ROOT, assert_same, read_args
+from conftest import CASES, ROOT, assert_same, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -196,13 +198,21 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
     assert 0 <= env_seed(1, "env", 0, 0) < 2**32  # what environments may take at most
 
 
-def test_every_stream_of_every_seed_draws_numbers_of_its_own():
+def test_every_stream_of_every_seed_draws_numbers_of_its_own_and_goes_on_where_it_was():
+    def draw() -> list[tuple]:
+        drawn = [torch.rand(4, generator=x).tolist() for x in streams.values()]
+        drawn += [torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random()]]
+        return [*map(tuple, drawn), tuple(np.random.normal(size=3)), (random.gauss(),)]
+
     drawn = []
     for seed in (1, 2):
         streams = Streams(seed, ("action", "minibatch", "replay"), torch.device("cpu"))
-        drawn += [torch.rand(4, generator=x).tolist() for x in streams.values()]
-        drawn += [torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random()]]
-    assert len(set(map(tuple, drawn))) == 12
+        drawn += draw()
+        state = streams.state_dict()
+        drawn += (following := draw())
+        streams.load_state_dict(state)
+        assert draw() == following
+    assert len(set(drawn)) == 32
 
 
 def test_episodes_of_an_evaluation_are_seeded_by_seed_and_number(monkeypatch):
@@ -378,6 +388,16 @@ def test_bounds_are_within_those_of_the_space_and_in_order():
     low, high = (x.numpy() for x in bounds(space))
     assert low[1] >= -0.3 and high[1] <= 0.3
     assert low[0] == high[0] == pytest.approx(0.1) and low[2] == high[2] == pytest.approx(0.7)
+    assert bounds(gym.spaces.Box(-2.0, 1.0, ())) == (-2, 1)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo-squash", "sac"])
+def test_actions_may_have_no_axis(name):
+    script, options = CASES[name]
+    options = options | {"env_id": "toy_envs:Dial-v0", "total_timesteps": 64, "compile": False}
+    agent = script.load_agent(script.train(script.Args(**options, run_dir="r")))
+    action = agent.act(np.zeros(1))
+    assert np.shape(action) == () and -2 <= action <= 1
 
 
 def train_in_a_child():
@@ -523,6 +543,9 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
 )
 def test_defaults_are_cleanrls(args, expected):
     assert {name: getattr(args, name) for name in expected} == expected
+    source = inspect.getsource(sys.modules[type(args).__module__].train)
+    eps = "1e-5" if isinstance(args, (ppo_continuous.Args, ppo_discrete.Args)) else "1e-8"
+    assert re.findall(r"FlatAdam\(\w+, eps=(\S+)\)", source) == [eps]
 
 
 @pytest.mark.parametrize(

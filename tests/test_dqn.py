@@ -263,8 +263,10 @@ def test_replay_equals_one_of_whole_stacks(
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
-def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step):
-    args = dqn.Args(num_envs=3, buffer_size=30, n_step=n_step, batch_size=60_000)
+@pytest.mark.parametrize("prioritized", [False, True])  # when all have the same priority
+def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step, prioritized):
+    options = {"n_step": n_step, "prioritized": prioritized}
+    args = dqn.Args(num_envs=3, buffer_size=30, batch_size=20, **options)
     world, replay = (
         World(3, np.random.default_rng(0), (0, 0, 0.1)),
         dqn.Replay(args, (4, 2, 2), CPU),
@@ -272,7 +274,8 @@ def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step):
     replay.start(world.obs)
     for _ in range(17):
         replay.add(*world.step())
-    indices, _ = replay.sample(1.0, torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    indices = torch.cat([replay.sample(1.0, rng)[0] for _ in range(3000)])
     expected = np.zeros(30)
     for row in complete_rows(replay):
         expected[row % 10 * 3 : row % 10 * 3 + 3] = 1
@@ -559,15 +562,18 @@ class Record:
 
     def __init__(self, monkeypatch):
         self.log, self.targets, self.betas, self.acted = [], [], [], []
+        self.drawn, self.learned = [], []
         self.power_cut_at = None
         send, sample = envs.Environments.send, dqn.Replay.sample
+        reprioritize = dqn.Replay.reprioritize
 
         def make_update(agent, optimizer, args):
             def update(critic, target, batch, weight):
                 self.log.append("u")
                 self.targets.append(round(1e3 * target[0].item()))
                 critic.fill_(1e-3 * self.log.count("u"))  # the network's number
-                return torch.zeros(2), torch.zeros(args.batch_size)
+                assert weight is self.drawn[-1][1]
+                return torch.tensor([1.0, 2.0]), torch.arange(args.batch_size)
 
             return update
 
@@ -580,10 +586,17 @@ class Record:
 
         def sampled(replay, beta, rng):
             self.betas.append(beta)
-            return sample(replay, beta, rng)
+            self.drawn.append(sample(replay, beta, rng))
+            return self.drawn[-1]
+
+        def learned(replay, indices, error):
+            assert error.tolist() == list(range(len(indices)))
+            self.learned.append(indices)
+            reprioritize(replay, indices, error)
 
         monkeypatch.setattr(dqn, "make_update", make_update)
         monkeypatch.setattr(dqn.Replay, "sample", sampled)
+        monkeypatch.setattr(dqn.Replay, "reprioritize", learned)
         monkeypatch.setattr(envs.Environments, "send", sent)
 
 
@@ -604,6 +617,8 @@ def test_updates_come_when_they_should(monkeypatch, num_envs, frequency, starts,
     options = SHORT | {"num_envs": num_envs, "learning_starts": starts, "total_timesteps": steps}
     dqn.train(dqn.Args(**options, train_frequency=frequency))
     assert "".join(record.log) == expected.replace(" ", "")
+    logged = scalars(Path("r"))
+    assert logged["losses/td_loss"][0][1] == 1 and logged["losses/q_values"][0][1] == 2
 
 
 @pytest.mark.parametrize(
@@ -626,10 +641,22 @@ def test_target_network_moves_when_it_should(
     assert record.targets[: len(expected)] == [x or initial for x in expected]
 
 
+def test_target_network_moves_as_far_as_it_should(monkeypatch):
+    record = Record(monkeypatch)
+    options = {"learning_starts": 8, "total_timesteps": 60, "target_network_frequency": 4}
+    dqn.train(dqn.Args(**SHORT | options, tau=0.1))
+    lagging = record.targets[0]
+    for k, target in enumerate(record.targets):
+        assert target == pytest.approx(lagging, abs=1.01)
+        lagging += 0.1 * (k + 1 - lagging)
+    assert k == 12
+
+
 def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monkeypatch):
     """Functions of the step alone: a run that was cut off and resumed logs the same."""
     record = Record(monkeypatch)
     options = SHORT | {"prioritized": True, "total_timesteps": 400, "checkpoint_every": 100}
+    options |= {"priority_beta": 0.3}
     args = dqn.Args(**options, start_e=0.9, end_e=0.1, exploration_fraction=0.8)
     record.power_cut_at = 68  # steps of four environments
     with pytest.raises(RuntimeError, match="power cut"):
@@ -642,7 +669,9 @@ def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monke
     assert [step for step, _ in logged] == steps.tolist()
     np.testing.assert_allclose(logged, expected, rtol=1e-6)
     updated = [*range(40, 268, 4), *range(240, 400, 4)]  # resumed from 200, and 40 to fill
-    np.testing.assert_allclose(record.betas, [0.4 + 0.6 * step / 400 for step in updated])
+    np.testing.assert_allclose(record.betas, [0.3 + 0.7 * step / 400 for step in updated])
+    pairs = zip(record.drawn, record.learned, strict=True)  # each with the errors of its batch
+    assert all(drawn is indices for (drawn, _), indices in pairs)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
@@ -658,6 +687,9 @@ def test_exploration_is_uniform_and_the_rest_greedy(monkeypatch, epsilon):
     share = epsilon / 3
     expected = 4000 * np.array([1 - 2 * share, share, share])
     assert chi_squared(np.bincount(ranks, minlength=3), expected) < 1
+    explored = (ranks != 0).reshape(-1, 4)
+    if epsilon == 0.3:  # each environment by itself
+        assert np.abs(np.triu(np.corrcoef(explored.T), 1)).max() < 0.13
     if epsilon == 1:
         assert chi_squared(np.bincount(actions + 1, minlength=3), [4000 / 3] * 3) < 1
 

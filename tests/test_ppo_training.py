@@ -85,13 +85,14 @@ def test_value_at_time_limits(ppo, end, expected):
 
 
 def record_updates(monkeypatch, ppo) -> list:
-    """Have train() leave (batch, metrics) of every gradient step."""
+    """Have train() leave ([*batch, indices, lr], metrics) of every gradient step."""
     seen = []
 
     def wrap(function, *_):
         def update(parameters, batch, indices, lr):
             metrics = function(parameters, batch, indices, lr)
-            seen.append(([x.clone() for x in batch], dict(zip(ppo.METRICS, metrics.tolist()))))
+            inputs = [x.clone() for x in (*batch, indices, lr)]
+            seen.append((inputs, dict(zip(ppo.METRICS, metrics.tolist()))))
             return metrics
 
         return update
@@ -105,7 +106,10 @@ def record_updates(monkeypatch, ppo) -> list:
     [(ppo_continuous, {}), (ppo_continuous, {"squash": True}), (ppo_discrete, {"norm_obs": True})],
 )
 def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, ppo, options):
-    """Acting, old and new log-probabilities see the same statistics, which then change."""
+    """Acting, old and new log-probabilities see the same statistics, which then change.
+
+    Every epoch sees every sample once, in an order of its own, and the learning rate falls.
+    """
     seen = record_updates(monkeypatch, ppo)
     options = options | SHORT | {"num_envs": 2, "num_steps": 32}
     agent = ppo.load_agent(
@@ -116,6 +120,11 @@ def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, ppo, 
         assert abs(metrics["old_approx_kl"]) < 1e-6 and metrics["clipfrac"] == 0
         assert metrics["policy_loss"] == pytest.approx(0, abs=1e-5)  # advantages have mean 0
     assert max(metrics["approx_kl"] for _, metrics in seen) > 1e-5
+    indices, rates = zip(*(inputs[-2:] for inputs, _ in seen))
+    orders = [tuple(torch.cat(indices[i : i + 4]).tolist()) for i in range(0, 80, 4)]
+    assert all(sorted(order) == list(range(64)) for order in orders) and len(set(orders)) == 20
+    falling = [ppo.Args.learning_rate * (1 - i / 10) for i in range(10) for _ in range(8)]
+    assert torch.stack(rates).tolist() == pytest.approx(falling)
 
 
 def test_all_environments_share_statistics_and_stored_observations_are_copies(monkeypatch, ppo):
@@ -215,6 +224,8 @@ def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
     args = ppo.Args(env_id="toy_envs:Dice-v0", num_envs=3, vectorization="async")
     environments = envs.Environments(args)
     assert len(np.unique(environments.obs)) == 6
+    workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
+    assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
     environments.close()
 
 
@@ -296,7 +307,11 @@ def test_best_pt_is_the_first_of_the_best(ppo, monkeypatch):
     monkeypatch.setattr(envs, "play", lambda *_: ([next(means)] * 2, [5, 5]))
     options = SHORT | {"eval_every": 128}
     ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **options))
-    assert load_checkpoint(Path("r/best.pt"))["global_step"] == 256
+    best = load_checkpoint(Path("r/best.pt"))
+    assert best["global_step"] == 256
+    assert_same(dict(ppo.load_agent("r", "best.pt").state_dict()), dict(best["agent"]))
+    last = load_checkpoint(Path("r/checkpoint.pt"))["agent"]
+    assert not torch.equal(best["agent"]["actor.0.weight"], last["actor.0.weight"])
     assert load_checkpoint(Path("r/checkpoint.pt"))["best_return"] == 3.0
 
 
@@ -370,8 +385,9 @@ def test_every_option_trains(monkeypatch, ppo, options):
         assert len(seen) == 10 * 4 * (1 if options["target_kl"] < 1 else 2)  # epochs
     else:
         assert len(seen) == 10 * 2 and len(seen[0][0][0]) == 64  # one minibatch of 50, 14 dropped
-        first, second = seen[0][0], seen[1][0]  # recomputed advantages, same log-probabilities
-        assert not torch.equal(first[3], second[3]) and torch.equal(first[2], second[2])
+        first, second = seen[0][0], seen[1][0]  # new advantages and values, same log-probabilities
+        same = [torch.equal(x, y) for x, y in zip(first[:6], second[:6])]
+        assert same == [True, True, True, False, False, False]
 
 
 def test_the_run_folder_holds_what_it_should(tmp_path, ppo):

@@ -333,11 +333,11 @@ def record(monkeypatch) -> tuple[list[str], list[float], list[np.ndarray]]:
                 target.fill_(0.0)
             log.append("c")
             lags.append((critic - target).mean().item())
-            return torch.zeros(2)
+            return torch.tensor([1.0, 2.0])
 
         def update_actor(*_):
             log.append("a")
-            return torch.zeros(3)
+            return torch.tensor([3.0, 4.0, 5.0])
 
         return update_critic, update_actor
 
@@ -374,6 +374,9 @@ def test_updates_come_when_they_should(
     options |= {"utd_ratio": utd_ratio, "policy_frequency": policy_frequency}
     sac.train(sac.Args(env_id="toy_envs:Counter-truncated-v0", **options))
     assert "".join(log) == expected.replace(" ", "")
+    logged = {tag: values[0][1] for tag, values in scalars(Path("r")).items() if "losses" in tag}
+    metrics = "qf_loss", "q_values", "actor_loss", "entropy", "alpha"
+    assert logged == {f"losses/{name}": i for i, name in enumerate(metrics, 1)}
 
 
 @pytest.mark.parametrize(
@@ -597,8 +600,13 @@ def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
 
 
 def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, capsys):
+    """Which it does with the policy it has, not at random."""
     log, _, _ = record(monkeypatch)
-    send = envs.Environments.send
+    send, to_numpy, acted = envs.Environments.send, sac.tensors.to_numpy, []
+
+    def spied(function, *examples):
+        act = to_numpy(function, *examples)
+        return lambda *inputs: (acted.append(1), act(*inputs))[1]
 
     def broken(self, action):
         send(self, action)
@@ -612,9 +620,34 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
         with pytest.raises(RuntimeError, match="power cut"):
             sac.train(args)
     log.clear()
+    monkeypatch.setattr(sac.tensors, "to_numpy", spied)
     sac.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
+    assert len(acted) == 200
     assert "replay not saved: learning begins at step 200 of" in capsys.readouterr().out
     assert "".join(log) == "s" * 100 + "sc" * 100
+
+
+def test_replay_begins_anew_where_an_environment_was_lost(monkeypatch, capsys):
+    """What a transition begins with is what its environment showed then."""
+    record(monkeypatch)
+    send, add, shown = envs.Environments.send, sac.Replay.add, []
+
+    def sent(self, action):
+        shown.append(self.obs.reshape(8, -1).astype(np.float32))
+        send(self, action)
+
+    def added(self, *step):
+        np.testing.assert_array_equal(self.shown, shown[-1])
+        add(self, *step)
+
+    monkeypatch.setattr(envs.Environments, "send", sent)
+    monkeypatch.setattr(sac.Replay, "add", added)
+    options = SHORT | {"num_envs": 8, "learning_starts": 800, "total_timesteps": 160}
+    args = sac.Args(env_id="toy_envs:Unseeded-v0", **options)
+    sac.train(args)
+    args = dataclasses.replace(args, resume="r", total_timesteps=240)
+    sac.train(args, load_checkpoint(Path("r/checkpoint.pt")))
+    assert "new episodes" in capsys.readouterr().out and len(shown) == 30
 
 
 def test_saving_and_evaluating_do_not_change_training():

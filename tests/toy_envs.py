@@ -152,6 +152,16 @@ class Steps(Counter):
     action_space = Box(0, 9, (2,), np.int64)
 
 
+class Dial(Counter):
+    """Actions that have no axis."""
+
+    action_space = Box(-2.0, 1.0, ())
+
+    def step(self, action):
+        assert np.shape(action) == () and -2 <= action <= 1, action
+        return super().step(action)
+
+
 class Dice(Counter):
     """Draws from the generators of the process, and shows what it drew."""
 
@@ -176,5 +186,17 @@ for kind, discrete in (("", False), ("-discrete", True)):
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
     gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
-for cls in (Shaped, Buttons, Opaque, Unseeded, Flags, Pictures, Scalar, Unbounded, Steps, Dice):
+for cls in (
+    Shaped,
+    Buttons,
+    Opaque,
+    Unseeded,
+    Flags,
+    Pictures,
+    Scalar,
+    Unbounded,
+    Steps,
+    Dial,
+    Dice,
+):
     gym.register(f"{cls.__name__}-v0", cls)
