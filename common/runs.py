@@ -51,6 +51,8 @@ RANGES = {
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
     "alpha",
 }
+# for --torch-deterministic; cuBLAS reads it once in a process
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MOST_THREADS = min(4, torch.get_num_threads())  # before a run sets them
 
 
@@ -136,9 +138,9 @@ def set_arithmetic(args, device: torch.device) -> None:
     # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
     # PyTorch's threads begin, which inherit it
     torch.set_flush_denormal(True)
-    if device.type == "cuda" and args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    deterministic = device.type == "cuda" and args.torch_deterministic
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # a run before may have
+        torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
 
 
@@ -146,13 +148,16 @@ def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
     `faster` is what auto takes: cuda for large networks. They, and layers of 256 units, multiply in
-    "medium" precision where its error is below 1e-4, which rules out TF32 and bfloat16.
+    "medium" precision where its error is below 1e-4, which rules out TF32 and bfloat16. (Not in the
+    convolutions of cuDNN, which take TF32 where they can, as is PyTorch's default.)
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
     device = torch.device(device if device != "auto" else "cpu")
     large = faster == "cuda"
+    if args.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        fail("--bf16: this GPU does not compute in bfloat16")
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
     set_arithmetic(args, device)
     torch.set_num_threads(args.num_threads)
@@ -173,7 +178,8 @@ def memory_for(args, name: str):
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
-        fail(f"{flag(name)} {getattr(args, name)}: {str(error).splitlines()[0]}")
+        elsewhere = "; or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
+        fail(f"{flag(name)} {getattr(args, name)}: {str(error).splitlines()[0]}{elsewhere}")
 
 
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
@@ -182,8 +188,9 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     Guards check a call's inputs alone, so what changes during a run must be one; kernels are called
     from C++. Both together take a third off a small update.
     """
-    # padding is chosen by timing it, so a resumed run might choose otherwise
-    options = {"cpp_wrapper": True} if device.type == "cpu" else {"shape_padding": False}
+    # what is chosen by timing it, a resumed run might choose otherwise
+    timed = {"shape_padding": False, "dynamic_scale_rblock": False}
+    options = {"cpp_wrapper": True} if device.type == "cpu" else timed
     if args.compile:
         try:
             x = torch.zeros(2, device=device)

@@ -414,9 +414,26 @@ def test_who_trains_in_a_child_process_is_no_worker():
     assert child.exitcode == 0
 
 
+def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    with pytest.raises(SystemExit):
+        runs.setup_torch(sac_continuous.Args(bf16=True), faster="cuda")
+    assert capsys.readouterr().err == "error: --bf16: this GPU does not compute in bfloat16\n"
+
+
+def test_a_gpu_without_memory_is_told_from_a_cpu_without(capsys):
+    args = sac_continuous.Args()
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTry"), RuntimeError("no memory")):
+        with pytest.raises(SystemExit), runs.memory_for(args, "buffer_size"):
+            raise error
+    said = "error: --buffer-size 1000000: CUDA out of memory.; or --device cpu\n"
+    assert capsys.readouterr().err == said + "error: --buffer-size 1000000: no memory\n"
+
+
 def test_threads_do_not_depend_on_what_ran_before():
     before = torch.get_num_threads()
-    args = SimpleNamespace(device="cpu", num_threads=0, hidden_sizes=(), torch_deterministic=True)
+    args = sac_continuous.Args(device="cpu")
     torch.set_num_threads(1)
     runs.setup_torch(args, faster="cuda")
     torch.set_num_threads(before)
