@@ -1,5 +1,7 @@
 """Command line of the benchmarks: `python -m benchmarks --help`."""
 
+import signal
+
 import tyro
 
 from benchmarks.memory import memory
@@ -10,6 +12,8 @@ from benchmarks.run import run
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     commands = (run, export, plot, table, compare, speed, memory, random)
     named = {command.__name__: command for command in commands}
     tyro.extras.subcommand_cli_from_dict(named, prog="python -m benchmarks")

@@ -1,11 +1,13 @@
 """A peer with a script's settings, given as JSON; prints `step seconds` as it goes.
 
-It is Stable-Baselines3, or SBX, which is the same on JAX.
+It is Stable-Baselines3, or SBX, by the same authors on JAX.
 """
 
 import importlib
 import json
+import math
 import os
+import re
 import sys
 import time
 
@@ -43,7 +45,9 @@ class Clock(BaseCallback):
 def make_model(script: str, env_id: str, num_envs: int, atari: bool, device: str):
     """Return the model that does what the script does with its defaults."""
     if atari:
-        env_id = env_id.replace("ALE/", "").replace("-v5", "NoFrameskip-v4")
+        env_id = re.sub(
+            r"(ALE/)?(\w+?)(NoFrameskip|Deterministic)?-v\d", r"\2NoFrameskip-v4", env_id
+        )
         env = VecFrameStack(make_atari_env(env_id, num_envs, seed=1), 4)
     else:
         env = make_vec_env(env_id, num_envs, seed=1)
@@ -60,8 +64,9 @@ def make_model(script: str, env_id: str, num_envs: int, atari: bool, device: str
     common |= {name: SETTING[name] for name in ("learning_starts", "buffer_size")}
     if script == "sac_continuous":  # an update for every step of an environment
         return peer.SAC(env=env, train_freq=1, gradient_steps=num_envs, **common)
-    pace = {"train_freq": max(1, 4 // num_envs), "gradient_steps": max(1, num_envs // 4)}
-    return peer.DQN(env=env, target_update_interval=1000, **pace, **common)  # one for every four
+    both = math.gcd(4, num_envs)  # an update for every four steps of an environment
+    pace = {"train_freq": 4 // both, "gradient_steps": num_envs // both}
+    return peer.DQN(env=env, target_update_interval=1000, **pace, **common)
 
 
 if __name__ == "__main__":

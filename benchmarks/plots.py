@@ -71,10 +71,11 @@ def _shows(path: Path) -> str | None:
     _pyplot()
     from PIL import Image  # comes with matplotlib
 
-    if not path.exists():
+    try:
+        with Image.open(path) as image:
+            return image.text.get("Description")
+    except (OSError, AttributeError):  # there is none, or what a full disk left of one
         return None
-    with Image.open(path) as image:
-        return image.text.get("Description")
 
 
 def _axes(count: int) -> tuple:
@@ -239,10 +240,12 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
     thresholds = np.linspace(min(0.0, matrix.min()), max(1.0, matrix.max()) * 1.05, 101)
 
     def estimate(function, repeats: int) -> tuple:
-        options = {"reps": repeats, "random_state": np.random.RandomState(0)}
+        state = np.random.get_state()
+        np.random.seed(0)  # it draws from there, whatever it is given
         with warnings.catch_warnings():  # rliable calls arch as arch was
             warnings.simplefilter("ignore")
-            points, intervals = library.get_interval_estimates({"": matrix}, function, **options)
+            points, intervals = library.get_interval_estimates({"": matrix}, function, reps=repeats)
+        np.random.set_state(state)
         return points[""], intervals[""]
 
     points, intervals = estimate(lambda x: np.array([f(x) for f in functions.values()]), 5000)

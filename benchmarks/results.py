@@ -28,8 +28,8 @@ UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 # arguments in which runs may differ that are called seeds of one thing
 LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
-LIKE |= {"eval_every", "eval_episodes", "capture_video"}
-LIKE |= {"track", "wandb_project_name", "wandb_entity"}
+LIKE |= {"eval_every", "eval_episodes", "capture_video", "resume", "evaluate", "render"}
+LIKE |= {"track", "wandb_project_name", "wandb_entity", "minibatch_size", "num_minibatches"}
 
 
 class Result(NamedTuple):
@@ -70,11 +70,11 @@ def read_run(run_dir: Path) -> Result:
     returns, lengths, progress, evaluations = scalars
     seconds = _seconds(run_dir, [event.wall_time for event in returns + progress])
     total = args["total_timesteps"]
-    if progress and progress[-1].step > total:
+    if any(events[-1].step > total for events in (progress, evaluations) if events):
         fail(f"{run_dir} was extended beyond the {total:,} steps of its command: run it anew")
     boundary = total - args["num_envs"] * args.get("num_steps", 1)
-    if evaluations and progress and evaluations[-1].step == progress[-1].step > boundary:
-        config["evaluation"] = {"step": progress[-1].step, "return": evaluations[-1].value}
+    if evaluations and evaluations[-1].step > boundary:
+        config["evaluation"] = {"step": evaluations[-1].step, "return": evaluations[-1].value}
         config["evaluations"] = [[event.step, event.value] for event in evaluations]
         config["wall_seconds"] = round(seconds[-1], 1)
     config["command"] = command(config)
@@ -137,11 +137,19 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
     for env_id, same in by_env.items():
         scripts, args = {x.config["script"] for x in same}, [x.config["args"] for x in same]
+        known: dict = {}
         flags = [(name, value) for x in args for name, value in x.items() if name not in LIKE]
-        unlike = any(args[0].get(name, value) != value for name, value in flags)
+        flags += [("minibatch_size", _minibatch_size(x)) for x in args]
+        unlike = any(known.setdefault(name, value) != value for name, value in flags)
         if len(scripts) > 1 or unlike or len({x["seed"] for x in args}) < len(same):
             fail(f"{path} has runs of {env_id} that differ in more than their seed: name fewer")
     return by_env
+
+
+def _minibatch_size(args: dict) -> int | None:
+    """Return PPO's samples in a minibatch, by whichever argument they were given."""
+    samples = args.get("num_envs", 1) * args.get("num_steps", 0)
+    return args.get("minibatch_size") or samples // args.get("num_minibatches", 1)
 
 
 def write(run_dir: Path, path: Path) -> dict:
@@ -196,7 +204,10 @@ def export(
         config = read_config(path / "config.json")
         args, made_by = config["args"], command(config)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
-        files[path] = file = folder / f"{args['seed']}.csv"
+        file = folder / f"{args['seed']}.csv"
+        if file in files.values():
+            fail(f"{path} would be {file}, as another run: export them under two names")
+        files[path] = file
         if file.exists() and (other := command(read_csv(file).config)) != made_by:
             fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
     for path, file in files.items():
@@ -300,8 +311,9 @@ def commands(suite: str) -> list[str]:
     lines, known = [], {env_id for _, env_id, _ in SUITES[suite].runs} if suite in SUITES else ()
     for env_id, found in read_folder(FOLDER / suite).items():
         if env_id in known:
-            seeds = f"--seeds {len(found)}"
-            lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {seeds}")
+            first, words = found[0].config["args"]["seed"], f"--seeds {len(found)}"
+            words += f" --first-seed {first}" * (first != 1)
+            lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {words}")
         else:
             lines += [result.config["command"] for result in found]
     return lines

@@ -209,6 +209,14 @@ def describe(suite: str, jobs: list[Job]) -> list[str]:
     return lines
 
 
+def memory() -> int:
+    """Return the bytes of memory there are, of the machine or of the container."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = limit.read_text().strip() if limit.exists() else "max"
+    return machine if limit == "max" else min(machine, int(limit))
+
+
 def run(
     suite: Positional[str],
     env_ids: tuple[str, ...] = (),
@@ -257,8 +265,8 @@ def run(
         if env_id in env_ids or not env_ids
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    workers = workers or max(1, min(cores // threads, int(gigabytes / SUITES[suite].gigabytes)))
+    fit = int(memory() / 1e9 / SUITES[suite].gigabytes)
+    workers = workers or max(1, min(cores // threads, fit))
     signals, screen, told = [], Screen(), set()
     handlers = {
         number: signal.signal(number, lambda number, _: signals.append(number))

@@ -83,7 +83,7 @@ def speed(
             rollout its size. It has as many minibatches as by default.
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
-        peer: Stable-Baselines3; SBX, which is the same on JAX (pip install sbx-rl); or for
+        peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
             ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl).
         repeats: measurements of each, alternating.
         flags: more flags for the script alone: --flags=--bf16.

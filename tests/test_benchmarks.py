@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 import runpy
@@ -16,11 +17,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from conftest import ROOT, assert_same, scalars
+from torch.utils.tensorboard import SummaryWriter
 
+import dqn_atari
 import ppo_continuous as ppo
+import ppo_discrete
+import sac_continuous
 from benchmarks import memory, plots, random_returns, results, run, speed, suites
+from common import runs
 from common.checkpoint import load_checkpoint
 
 COMMITTED = [
@@ -96,7 +103,9 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
         content = json.loads(path.read_text())
         (found,) = content["measurements"]
         ratios = found["ratios"]
-        rates = [np.median(x["steps_per_second"]) for x in found.values() if isinstance(x, dict)]
+        series = [x["steps_per_second"] for x in found.values() if isinstance(x, dict)]
+        assert ratios == pytest.approx([a / b for a, b in zip(*series, strict=True)])
+        rates = [np.median(x) for x in series]
         machine = re.search(r"(slower_)?(amx|amd)$", path.stem)
         machine = (machine[1] or "").replace("_", " ") + machine[2].upper()
         peer = next(x for x in ("TorchRL", "SBX", "Stable-Baselines3") if x in found)
@@ -200,6 +209,36 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         results.export([Path("r")])
     assert "extended beyond the 512 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, evaluated, logged, finished",
+    [
+        ({}, 1000, 1000, True),
+        ({}, 1000, 990, True),  # killed once it had saved, before the last was on disk
+        ({}, 500, 500, False),  # stopped after an evaluation
+        ({"num_steps": 128, "num_envs": 4}, 512, 512, True),  # one rollout is all that fits
+        ({"num_steps": 128, "num_envs": 3}, 384, 384, False),
+    ],
+)
+def test_a_run_is_finished_once_its_last_step_is_evaluated(args, evaluated, logged, finished):
+    args = {"env_id": "A-v0", "seed": 1, "total_timesteps": 1000, "num_envs": 1} | args
+    with SummaryWriter("r") as writer:
+        writer.add_scalar("charts/episodic_return", 7.0, 100)
+        writer.add_scalar("charts/episodic_length", 9.0, 100)
+        writer.add_scalar("charts/SPS", 1.0, logged)
+        writer.add_scalar("eval/episodic_return", 8.0, evaluated)
+    config = {"script": "sac_continuous", "command": "python x", "args": args}
+    Path("r/config.json").write_text(json.dumps(config))
+    result = results.read_run(Path("r"))
+    assert ("evaluation" in result.config) == finished
+    assert [x.tolist() for x in (result.steps, result.returns, result.lengths)] == [[100], [7], [9]]
+    shutil.copytree("r", "runs/a")  # a folder that was set aside is nobody's run
+    shutil.copytree("r", "runs/a" + results.UNUSABLE)
+    assert len(results.read_folder(Path("runs"))["A-v0"]) == 1
+    shutil.copytree("r", "runs/b")
+    with pytest.raises(SystemExit):
+        results.export([Path("runs/a"), Path("runs/b")], name="mine")
 
 
 def test_the_command_is_kept_without_what_says_only_where():
@@ -322,7 +361,14 @@ def test_plot_draws_curves_and_aggregates(suite, capsys, monkeypatch):
     level = (2100 - random["Hopper-v5"]) / (2382.86 - random["Hopper-v5"])
     assert scores["Hopper-v5"][2] == pytest.approx(level, abs=0.01)
     mean = np.mean(np.sort(np.concatenate(list(scores.values())))[1:-1])  # of 6, a quarter off
-    assert f"interquartile mean {mean:.2f} (" in capsys.readouterr().out
+    out = capsys.readouterr().out  # seeds are drawn within an environment, which lie apart
+    assert "3 seed(s) of 2 environment(s)" in out
+    low, high = map(float, re.search(rf"mean {mean:.2f} \((.*) to (.*)\)", out).groups())
+    assert low <= round(mean, 2) <= high < low + 0.15
+    (suite.parent / "ppo_continuous_aggregate.png").write_bytes(b"half of a pict")
+    np.random.seed(5)
+    plots.plot()  # what is broken is drawn anew, with the same intervals
+    assert out.splitlines()[-1] in capsys.readouterr().out
     plots.plot()
     assert capsys.readouterr().out.count("shows these results already") == 3
     write_result(make_result("Hopper-v5", 3, 2101.0), suite)
@@ -453,11 +499,18 @@ def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
     for result in (first, second):
         write_result(result, tmp_path)
     assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
-    second.config["args"]["learning_rate"] = 0.2
-    write_result(second, tmp_path)
-    with pytest.raises(SystemExit):
-        results.read_folder(tmp_path)
-    assert "differ in more than their seed" in capsys.readouterr().err
+    first.config["args"] |= {"num_steps": 64, "num_minibatches": 2, "minibatch_size": 32}
+    second.config["args"] |= {"num_steps": 64, "num_minibatches": 2, "minibatch_size": None}
+    for result in (first, second):  # the same, by another argument
+        write_result(result, tmp_path)
+    assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
+    for changed in ({"learning_rate": 0.2}, {"minibatch_size": 16}, {"newer": False}):
+        third = make_result(seed=3)
+        third.config["args"] = second.config["args"] | {"seed": 3} | changed
+        write_result(third, tmp_path)
+        with pytest.raises(SystemExit):
+            results.read_folder(tmp_path)
+        assert "differ in more than their seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", [(5, 5), (3, 3), (3, 5), (1, 5), (4, 1)])
@@ -471,6 +524,16 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         hits += low <= 1.0 <= high
     assert 0.915 < hits / 400 < 0.985
     assert plots.difference([2.0, 2.0], [2.0, 2.0], 0.95) == (0.0, 0.0)
+    # by hand, with t of Student's table: 3.182 of 3 degrees; 2.776 of 4, where Welch's are 4 too
+    spread = 3.182 * math.sqrt(5 / 3 * (1 + 1 / 4))
+    expected = pytest.approx((2.5 - spread, 2.5 + spread), abs=2e-3)
+    assert plots.difference([0.0], [1.0, 2.0, 3.0, 4.0], 0.95) == expected
+    spread = 2.776 * math.sqrt(1 / 3 + 1 / 3)
+    expected = pytest.approx((1 - spread, 1 + spread), abs=2e-3)
+    assert plots.difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], 0.95) == expected
+    # and of unequal spreads: (1 / 3 + 100 / 3)**2 / (1 / 18 + 10000 / 18) = 2.04 degrees
+    low, high = plots.difference([1.0, 2.0, 3.0], [10.0, 20.0, 30.0], 0.95)
+    assert (high - low) / 2 == pytest.approx(4.24 * math.sqrt(101 / 3), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -511,6 +574,13 @@ def test_speed_is_measured_in_the_steady_state():
     fast = [(step, when - 9.0 * (step >= 1000)) for step, when in times]  # 1,000 steps in 1 s
     rate, startup = speed.steady(fast, 10.0, speed.OFF_POLICY)
     assert rate == pytest.approx(100) and startup == pytest.approx(6)
+    # what pauses while it warms up is start-up
+    paused = [(step, when + 20 * (step >= 1500)) for step, when in times]
+    rate, startup = speed.steady(paused, 10.0, {"learning_starts": 1000})
+    assert rate == pytest.approx(100) and startup == pytest.approx(35)
+    paused = [(step, when + 20 * (step >= 2000)) for step, when in times]
+    rate, startup = speed.steady(paused, 10.0, {"num_steps": 1000, "num_envs": 1})
+    assert rate == pytest.approx(100) and startup == pytest.approx(25)
     with pytest.raises(SystemExit):
         speed.steady(times, 10.0, {"num_steps": 5000, "num_envs": 1, "total_timesteps": 5000})
     ours = {"steps_per_second": [900, 1000, 1100], "startup_seconds": [1, 2, 3]}
@@ -526,6 +596,70 @@ def test_speed_is_measured_in_the_steady_state():
     rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
     first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
     assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
+
+
+def test_speed_gives_both_the_same_work_and_divides_ours_by_the_peers(monkeypatch):
+    """With a script and a peer that only log, the script twice as fast."""
+    ran = []
+
+    def run_python(words):
+        ran.append(words)
+        if "peer" in Path(words[0]).name:
+            return "".join(f"{step} {1000 + step / 100}\n" for step in range(0, 65_537, 2048))
+        folder = Path(words[words.index("--run-dir") + 1])
+        with SummaryWriter(folder) as writer:
+            for step in range(2048, 65_537, 2048):  # at the end there is an evaluation
+                when = 1000 + step / 200 + 100 * (step == 65_536)
+                writer.add_scalar("charts/SPS", 1.0, step, walltime=when)
+        config = {name: {} for name in speed.ABOUT} | {"machine": {"device": "cpu"}}
+        config |= {"script": "ppo_continuous", "command": "python x"}
+        (folder / "config.json").write_text(json.dumps(config))
+        return ""
+
+    monkeypatch.setattr(speed, "_run", run_python)
+    monkeypatch.setattr(speed, "version", lambda _: "1")
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda _: True)
+    speed.speed(threads=3, repeats=2, flags="--bf16", output=Path("speed.json"))
+    (found,) = json.loads(Path("speed.json").read_text())["measurements"]
+    assert found["ratios"] == pytest.approx([2, 2])
+    assert [len(words) > 2 for words in ran] == [True, False] * 2  # in turn
+    ours, theirs = " ".join(ran[0]), json.loads(ran[1][1])
+    assert theirs["threads"] == 3 and theirs["device"] == "cpu" and not theirs["atari"]
+    for name in ("env_id", "num_envs", "num_steps", "total_timesteps"):
+        assert f"{runs.flag(name)} {theirs[name]} " in ours
+    assert "--num-threads 3 " in ours and " --bf16 " in ours and "--checkpoint-every 0" in ours
+
+
+@pytest.mark.parametrize(
+    "script, num_envs",
+    [(ppo, 8), (ppo_discrete, 4), (sac_continuous, 3), *((dqn_atari, n) for n in (1, 2, 3, 8))],
+)
+def test_the_peer_has_a_scripts_settings(script, num_envs, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    fake = SimpleNamespace(PPO=dict, SAC=dict, DQN=dict)
+    atari = script is dqn_atari
+    env_id = "ALE/Pong-v5" if atari else "CartPole-v1" if script is ppo_discrete else "Pendulum-v1"
+    setting = {"script": script.SCRIPT, "env_id": env_id, "num_envs": num_envs, "peer": "fake"}
+    setting |= {"threads": torch.get_num_threads(), "num_steps": 64, "atari": atari}
+    monkeypatch.setitem(sys.modules, "fake", fake)
+    monkeypatch.setattr(sys, "argv", ["peer", json.dumps(setting | speed.OFF_POLICY)])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    peer = runpy.run_module("benchmarks.peer")
+    model = peer["make_model"](script.SCRIPT, env_id, num_envs, atari, "cpu")
+    args, samples = script.Args(), 64 * num_envs
+    if "n_epochs" in model:
+        expected = {"n_steps": 64, "batch_size": samples // args.num_minibatches}
+        expected |= {"n_epochs": args.update_epochs, "ent_coef": args.ent_coef}
+        expected |= {"clip_range": args.clip_coef, "clip_range_vf": args.clip_coef}
+        assert model["learning_rate"](0.5) == args.learning_rate / 2
+        assert model["policy_kwargs"]["net_arch"] == {"pi": [64, 64], "vf": [64, 64]}
+        assert hasattr(model["env"], "norm_reward") == (script is ppo)
+    else:
+        expected = dict(speed.OFF_POLICY)
+        frequency = getattr(args, "train_frequency", 1)
+        assert model["gradient_steps"] * frequency == model["train_freq"] * num_envs
+    assert {name: model[name] for name in expected} == expected
+    assert model["env"].num_envs == num_envs
 
 
 def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutorial(capsys):
@@ -663,6 +797,47 @@ def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is
     assert f"{folder / '2'} was made by another command: python" in capsys.readouterr().out
 
 
+def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys):
+    started, alive, most = [], [], 0
+
+    def start(job, threads):
+        nonlocal most
+        job.state, job.process = "running", iter(range(3))
+        started.append((job.env_id, job.seed))
+        alive.append(job)
+        most = max(most, len(alive))
+
+    def poll(job, workers):
+        if next(job.process, None) is None:
+            job.state, job.process = "finished", None
+            alive.remove(job)
+
+    monkeypatch.setattr(run.Job, "start", start)
+    monkeypatch.setattr(run.Job, "poll", poll)
+    monkeypatch.setattr(run.time, "sleep", lambda _: None)
+    run.run("ppo_discrete", ("Acrobot-v1",), seeds=3, first_seed=4, workers=2)
+    assert started == [("Acrobot-v1", seed) for seed in (4, 5, 6)] and most == 2
+    assert capsys.readouterr().out.count(" of 3 finished") == 2  # a line a minute, and the last
+    most = 0
+    monkeypatch.setattr(run, "memory", lambda: 20e9)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    run.run("dqn_atari")
+    assert most == 2  # of 9 GB
+
+
+def test_what_died_before_its_first_checkpoint_is_begun_anew(monkeypatch):
+    job, started = run.Job(*TINY.runs[0], 1, Path("runs/tiny")), {}
+    job.run_dir.mkdir(parents=True)
+    job.path(".log").write_text("old\n")
+    monkeypatch.setattr(
+        run.subprocess, "Popen", lambda words, **options: started.update(options, words=words)
+    )
+    job.start(3)
+    assert job.path(results.UNUSABLE).is_dir() and not job.run_dir.exists()
+    assert job.log().startswith("$ python ") and started["env"]["OMP_NUM_THREADS"] == "3"
+    assert "--num-threads 3 " in " ".join(started["words"]) + " "
+
+
 def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "ppo_continuous.py").write_text("""
 import json, os, pathlib, shlex, signal, sys, time
@@ -690,14 +865,15 @@ raise SystemExit(130)
 """)
     folder = Path("runs/benchmarks/tiny/Pendulum-v1")
     logs = [folder / "1.log", folder / "2.log"]
-    process, _ = start_runner(tmp_path)
-    wait_for("ready", *logs)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of a group
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "go on: python -m benchmarks" in out
-    assert all(log.read_text().endswith("stopped at step 5\n") for log in logs)
+    for kill, number in ((os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)):
+        process, _ = start_runner(tmp_path)
+        wait_for("ready", *logs)
+        kill(process.pid, number)  # a terminal sends its Ctrl-C to all of a group
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + number and "go on: python -m benchmarks" in out
+        assert all(log.read_text().endswith("stopped at step 5\n") for log in logs)
+        shutil.rmtree("runs")
 
-    shutil.rmtree("runs")
     process, pids = start_runner(tmp_path)
     wait_for("ready", *logs)
     process.kill()  # alone: its runs live on

@@ -226,7 +226,15 @@ def test_episodes_of_an_evaluation_are_seeded_by_seed_and_number(monkeypatch):
     monkeypatch.setattr(toy_envs.Counter, "reset", note)
     args = SimpleNamespace(env_id="toy_envs:Counter-truncated-v0", seed=3, eval_episodes=2)
     args.render, args.capture_video, args.eval_e = False, False, 0.0
-    envs.play(lambda obs: np.zeros(1, np.float32), args, Path())
+    precisions = []
+
+    def act(obs):
+        precisions.append(torch.get_float32_matmul_precision())
+        return np.zeros(1, np.float32)
+
+    torch.set_float32_matmul_precision("medium")
+    envs.play(act, args, Path())
+    assert set(precisions) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
     assert seeds == [env_seed(3, "eval", 0), env_seed(3, "eval", 1)]
     args.env_id, args.eval_e = "CartPole-v1", 1.0
     assert envs.play(None, args, Path()) == envs.play(None, args, Path())
@@ -351,6 +359,40 @@ def test_due_is_a_pure_function_of_the_step():
     assert due(0, 640, 576, last_step=640)  # the end of a run always is
 
 
+def test_progress_is_that_since_the_run_went_on(monkeypatch, capsys):
+    """Speed and time left of a resumed run; a line every ten seconds."""
+    logged, bar = [], SimpleNamespace(disable=True, update=lambda _: None)
+    bar.set_postfix_str = lambda *_, **__: None
+    state = {"first_step": 1000, "step": 1000, "last_step": 9000, "start": 0.0, "printed": 0.0}
+    run = SimpleNamespace(**state, returns=[], bar=bar, signal=0, saved=0)
+    run.scalars = lambda values, step: logged.append((step, values["charts/SPS"]))
+    said = []
+    for now, step in ((5.0, 1500), (14.9, 2490), (15.1, 2510), (25.0, 3500), (80.0, 9000)):
+        monkeypatch.setattr(runs.time, "perf_counter", lambda now=now: now)
+        runs.Run.progress(run, step)
+        said.append(capsys.readouterr().out)
+    assert logged == [(step, pytest.approx(100)) for step in (1500, 2490, 2510, 3500, 9000)]
+    assert said[0] == "1,500 of 9,000 steps (17%) | 100 steps/s | 01:15 left | \n"
+    assert [bool(line) for line in said] == [True, False, True, False, True]
+
+
+def test_an_evaluation_is_described_by_mean_deviation_and_least():
+    said = "evaluation of 2 episodes: return 2.0 ± 1.0 (least 1.0), length 15"
+    assert runs.describe([1.0, 3.0], [10, 20]) == said
+
+
+def test_the_commit_of_a_run_says_if_files_had_changed(monkeypatch):
+    asked = []
+
+    def git(words, **_):
+        asked.extend(words)
+        return SimpleNamespace(stdout="abc-dirty\n")
+
+    monkeypatch.setattr(runs.subprocess, "run", git)
+    commit = runs.provenance(torch.device("cpu"))["commit"]
+    assert commit == "abc-dirty" and {"--dirty", "--abbrev=40"} <= set(asked)
+
+
 def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch, capsys):
     """As when a notebook trains twice: the second run has its own arguments and network."""
     compile_, options, compiled = torch.compile, [], []
@@ -438,6 +480,13 @@ def test_threads_do_not_depend_on_what_ran_before():
     runs.setup_torch(args, faster="cuda")
     torch.set_num_threads(before)
     assert args.num_threads == runs.MOST_THREADS
+
+
+def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
+    randn = torch.randn  # a thousand times as large, so is the error
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: 1000 * randn(*size, **options))
+    runs.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), faster="cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
