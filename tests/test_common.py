@@ -504,10 +504,9 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
 
 FLUSH = """
 import platform, torch
-from types import SimpleNamespace
+import sac_continuous
 from common import runs
-args = SimpleNamespace(device="cpu", num_threads=2, hidden_sizes=(), torch_deterministic=True)
-runs.setup_torch(args, faster="cuda")
+runs.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
 tiny = torch.full((1_000_000,), 1e-30) * 1e-10
 supported = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
 print(tiny.count_nonzero().item() if supported else 0)
