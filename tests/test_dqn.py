@@ -745,11 +745,11 @@ def test_learns_to_catch(env_id, options):
 @pytest.mark.parametrize(
     "options", [{}, ALL | {"compile": True, "bf16": True}], ids=["plain", "all"]
 )
-def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
+def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
-    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 2400, "seed": 3}
-    assert_killed_ends_as_whole("dqn_atari.py", options, 2, tmp_path)
+    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1600, "seed": 3}
+    assert_killed_ends_as_whole("dqn_atari.py", options, 2, tmp_path, run)
 
 
 def test_saving_and_evaluating_do_not_change_training():

@@ -588,15 +588,15 @@ def test_learns_to_swing_a_pendulum_up(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_envs": 2, "compile": True, "bf16": True}, {"compile": True}],
-    ids=["eager", "bf16", "compiled"],
+    [{"num_envs": 2, "bf16": True}, {"compile": True}],
+    ids=["eager", "compiled"],
 )
-def test_killed_and_resumed_ends_as_if_never_stopped(tmp_path, options):
+def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"buffer_size": 500, "seed": 3} | options
-    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1800}
+    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1200}
     options |= {"env_id": "Pendulum-v1"}
-    assert_killed_ends_as_whole("sac_continuous.py", options, 2, tmp_path)
+    assert_killed_ends_as_whole("sac_continuous.py", options, 2, tmp_path, run)
 
 
 def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, capsys):
