@@ -76,7 +76,7 @@ def read_run(run_dir: Path) -> Result:
     if evaluations and evaluations[-1].step > boundary:
         config["evaluation"] = {"step": evaluations[-1].step, "return": evaluations[-1].value}
         config["evaluations"] = [[event.step, event.value] for event in evaluations]
-        config["wall_seconds"] = round(seconds[-1], 1)
+        config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
     args.pop("run_dir", None)
     columns = [x.step for x in returns], seconds, [x.value for x in returns]
