@@ -209,7 +209,7 @@ def describe(suite: str, jobs: list[Job]) -> list[str]:
     return lines
 
 
-def memory() -> int:
+def available_memory() -> int:
     """Return the bytes of memory there are, of the machine or of the container."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -265,7 +265,7 @@ def run(
         if env_id in env_ids or not env_ids
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fit = int(memory() / 1e9 / SUITES[suite].gigabytes)
+    fit = int(available_memory() / 1e9 / SUITES[suite].gigabytes)
     workers = workers or max(1, min(cores // threads, fit))
     signals, screen, told = [], Screen(), set()
     handlers = {

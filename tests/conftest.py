@@ -102,7 +102,7 @@ for line in sys.stdin:
 """
 
 
-def visible(request) -> dict[str, str]:
+def hidden_gpu(request) -> dict[str, str]:
     """What hides a GPU from all tests but test_cuda.py's: they look into runs as the CPU has them."""
     return {} if request.module.__name__ == "test_cuda" else {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -110,7 +110,7 @@ def visible(request) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def run(request):
     """As run_script, in a process that finds all libraries imported already."""
-    options = {"stdin": -1, "stdout": -1, "text": True, "env": os.environ | visible(request)}
+    options = {"stdin": -1, "stdout": -1, "text": True, "env": os.environ | hidden_gpu(request)}
     with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, **options) as process:
 
         def call(script: str, *args, cwd: Path, check: bool = True) -> SimpleNamespace:
@@ -208,6 +208,6 @@ def assert_killed_ends_as_whole(script: str, options: dict, most: int, cwd: Path
 def in_tmp_path(request, tmp_path, monkeypatch):
     """Tests write where they may, and see a GPU where they should."""
     monkeypatch.chdir(tmp_path)
-    for name, value in visible(request).items():
+    for name, value in hidden_gpu(request).items():
         monkeypatch.setenv(name, value)  # for the processes that they start
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

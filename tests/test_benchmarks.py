@@ -221,7 +221,9 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
         ({"num_steps": 128, "num_envs": 3}, 384, 384, False),
     ],
 )
-def test_a_run_is_finished_once_its_last_step_is_evaluated(args, evaluated, logged, finished):
+def test_a_run_is_finished_once_its_last_step_is_evaluated(
+    args, evaluated, logged, finished, capsys
+):
     args = {"env_id": "A-v0", "seed": 1, "total_timesteps": 1000, "num_envs": 1} | args
     with SummaryWriter("r") as writer:
         writer.add_scalar("charts/episodic_return", 7.0, 100)
@@ -239,6 +241,7 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(args, evaluated, logg
     shutil.copytree("r", "runs/b")
     with pytest.raises(SystemExit):
         results.export([Path("runs/a"), Path("runs/b")], name="mine")
+    assert "as another run" in capsys.readouterr().err
 
 
 def test_the_command_is_kept_without_what_says_only_where():
@@ -836,7 +839,7 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     assert started == [("Acrobot-v1", seed) for seed in (4, 5, 6)] and most == 2
     assert capsys.readouterr().out.count(" of 3 finished") == 2  # a line a minute, and the last
     most = 0
-    monkeypatch.setattr(run, "memory", lambda: 20e9)
+    monkeypatch.setattr(run, "available_memory", lambda: 20e9)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     run.run("dqn_atari")
     assert most == 2  # of 9 GB
