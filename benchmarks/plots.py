@@ -14,7 +14,10 @@ from common import fail
 
 INSTALL = "pip install matplotlib rliable scipy 'pandas<3'"
 ROOT = Path("runs/benchmarks")
-SUFFIXES = {"draw_curves": "", "draw_times": "_time", "draw_aggregate": "_aggregate"}
+MEASURES = {
+    "in the end": lambda result: float(result.last().mean()),
+    "over the run": lambda result: float(np.average(result.returns, weights=result.lengths)),
+}
 UNITS = {1: "seconds", 60: "minutes", 3600: "hours"}
 
 
@@ -41,8 +44,9 @@ def plot(
     if not any(known.values()):
         fail("no results: python -m benchmarks run SUITE")
     for folder, by_env in known.items():
-        for draw in (draw_curves, draw_times, draw_aggregate) if by_env else ():
-            path = folder.parent / f"{folder.name}{SUFFIXES[draw.__name__]}.png"
+        pictures = {"": draw_curves, "_time": draw_times, "_aggregate": draw_aggregate}
+        for suffix, draw in pictures.items() if by_env else ():
+            path = folder.parent / f"{folder.name}{suffix}.png"
             if _shows(path) == digest(by_env) and not redraw:
                 print(f"{path} shows these results already")
             else:
@@ -82,7 +86,8 @@ def _axes(count: int) -> tuple:
     """Return a figure and `count` axes, at most four side by side."""
     columns = min(4, count)
     rows = -(-count // columns)
-    options = {"figsize": (3.4 * columns + 0.2, 2.8 * rows + 0.4), "layout": "constrained"}
+    options = {"figsize": (2.4 * columns + 0.2, 2.0 * rows + 0.5), "layout": "constrained"}
+    _pyplot().rcParams |= {"font.size": 8}  # as in a paper, two panels to a column
     figure, axes = _pyplot().subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -97,7 +102,7 @@ def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
     options = {"metadata": description} if path.suffix == ".png" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight", **options)
+        figure.savefig(path, dpi=220, bbox_inches="tight", **options)
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be written: {error}")
     _pyplot().close(figure)
@@ -106,9 +111,10 @@ def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
 
 def digest(by_env: dict[str, list[Result]]) -> str:
     """Return a fingerprint of results."""
-    drawn = hashlib.sha256()
+    drawn, random = hashlib.sha256(), random_returns.read()
     for env_id, found in by_env.items():
-        drawn.update(f"{env_id} {results.published(found[0].config)}".encode())
+        known = results.published(found[0].config)
+        drawn.update(f"{env_id} {known} {random.get(env_id)}".encode())
         for result in found:
             drawn.update(np.stack(result[1:]).tobytes())
     return drawn.hexdigest()[:16]
@@ -121,7 +127,7 @@ def curve(result: Result, total: int, windows: int = 50) -> tuple[np.ndarray, np
     episode, and after the last.
     """
     ends = np.linspace(0, total, windows + 1)[1:]
-    window = np.ceil(result.steps / total * windows).astype(int) - 1
+    window = np.ceil(result.steps * windows / total).astype(int) - 1
     known = np.unique(window[window < windows])
     if not known.size:
         return ends, np.full(windows, np.nan)
@@ -138,24 +144,29 @@ def seconds_at(steps: np.ndarray, result: Result) -> np.ndarray:
 def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = "") -> None:
     """Draw the curves of an environment's seeds, their mean and its interval.
 
-    They are drawn against environment steps, or against wall time in a unit of so many seconds.
+    They are drawn against environment steps, or against wall time in a unit of so many seconds,
+    where the mean ends with the fastest seed.
     """
     from matplotlib.ticker import EngFormatter
 
-    if not any(result.steps.size for result in found):
+    if not (found := [result for result in found if result.steps.size]):
         return
     total, fewest = max(r.total for r in found), min(r.steps.size for r in found)
     curves = [curve(result, total, windows=min(50, max(5, fewest // 10))) for result in found]
     x, returns = curves[0][0], np.stack([returns for _, returns in curves])
-    low, high = np.transpose([results.interval(column) for column in returns.T])
     if not unit:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlabel("environment steps")
+        own = [x] * len(found)
     else:
-        x = np.mean([seconds_at(x, result) / unit for result in found if result.steps.size], axis=0)
         axis.set_xlabel(f"wall time in {UNITS[unit]}")
-    label = f"mean of {len(found)} seeds, 95% interval" if len(found) > 1 else "1 seed"
-    axis.plot(x, returns.T, color=color, alpha=0.25, linewidth=0.8)
+        own = [seconds_at(x, result) / unit for result in found]
+        x = np.linspace(0, min(times[-1] for times in own), len(x) + 1)[1:]
+    for times, seed in zip(own, returns, strict=True):
+        axis.plot(times, seed, color=color, alpha=0.5, linewidth=0.5)
+    returns = np.stack([np.interp(x, *seed) for seed in zip(own, returns)])
+    low, high = np.transpose([results.interval(column) for column in returns.T])
+    label = f"mean of {len(found)} seeds, 95% bootstrap interval" if len(found) > 1 else "1 seed"
     axis.plot(x, returns.mean(axis=0), color=color, label=prefix + label)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -179,6 +190,7 @@ def draw_curves(by_env: dict[str, list[Result]], path: Path, unit: int = 0) -> N
         _draw(axis, found, "C0", unit)
         if known := results.published(found[0].config):
             axis.axhline(known.mean, color="0.3", linestyle="--", linewidth=1, label=known.label)
+            axis.axhspan(known.mean - known.std, known.mean + known.std, color="0.3", alpha=0.1)
         several = len(set(scripts.values())) > 1
         axis.set_title(env_id + f" ({scripts[env_id]})" * several, fontsize="medium")
     _legend(figure, axes)
@@ -250,20 +262,21 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
 
     points, intervals = estimate(lambda x: np.array([f(x) for f in functions.values()]), 5000)
     profile, band = estimate(lambda x: library.score_distributions(x, thresholds), 1000)
-    what = f"{name}, {len(matrix)} seed(s) of {len(scores)} environment(s)"
+    what = f"{name}, {len(matrix)} seeds of {len(scores)} environments"
+    what += f" (of {len(by_env)})" * (len(scores) < len(by_env))
     spread = f"{intervals[0, 0]:.2f} to {intervals[1, 0]:.2f}"
     print(f"{what}; interquartile mean {points[0]:.2f} ({spread}) of what is published")
 
     figure, (left, right) = _axes(2)
     left.errorbar(points, range(3), xerr=abs(intervals - points), fmt="o", capsize=4)
     left.set(yticks=range(3), yticklabels=functions, ylim=(2.5, -0.5))
-    right.plot(thresholds, profile)
-    right.fill_between(thresholds, *band, alpha=0.2, linewidth=0)
+    right.step(thresholds, profile, where="post")
+    right.fill_between(thresholds, *band, alpha=0.2, linewidth=0, step="post")
     right.set_ylabel("share of runs above")
     for axis in (left, right):
         axis.set_xlabel("score (random 0, published 1)")
         axis.axvline(1.0, color="0.3", linestyle="--", linewidth=1)
-    figure.suptitle(what, fontsize="medium")
+    figure.suptitle(f"{what}; 95% stratified bootstrap intervals", fontsize="medium")
     _save(figure, path, by_env)
 
 
@@ -272,9 +285,10 @@ def compare(
 ) -> None:
     """Tell whether B learns better than A, and draw their learning curves over one another.
 
-    The difference is that of the mean return of the last 100 training episodes. Its interval is
-    Welch's, over seeds; intervals of several environments hold all at once in 95% of cases. Where
-    one side has a single seed, the interval tells if that could be one more seed of the other.
+    Two things are compared: the mean return of the last 100 training episodes (and what share of
+    the steps they took), and that of all steps, which tells who learns faster. Intervals of the
+    difference are Welch's, over seeds; all that are printed hold at once in 95% of cases. Where one
+    side has a single seed, the interval tells if that could be one more seed of the other.
 
     Args:
         a: run folder, folder of run folders, folder of results, or a result's CSV file.
@@ -286,40 +300,65 @@ def compare(
     if not both:
         known = (", ".join(side) or "nothing" for side in sides)
         fail(f"no environment in common: {a} has {next(known)}, {b} has {next(known)}")
+    if alone := sorted(sides[0].keys() ^ sides[1].keys()):
+        print(f"on one side only: {', '.join(alone)}")
     figure, axes = _axes(len(both))
     judged: dict[str, list[str]] = {}
-    level = 1 - 0.05 / len(both)  # Bonferroni
+    level = 1 - 0.05 / (len(both) * len(MEASURES))  # Bonferroni
     for axis, env_id in zip(axes, both, strict=True):
         for side, color, path in zip(sides, ("C0", "C1"), (a, b)):
             _draw(axis, side[env_id], color, prefix=f"{path}: ")
         axis.set_title(env_id, fontsize="medium")
-        word, sentence = judge(*(side[env_id] for side in sides), level)
-        judged.setdefault(word, []).append(env_id)
-        print(f"{env_id}: {sentence}")
+        pair = [side[env_id] for side in sides]
+        print(f"{env_id}: {unlike(*pair)}")
+        for word, sentence in judge(*pair, level):
+            judged.setdefault(word, []).append(env_id)
+            print(f"  {sentence}")
     print(verdict(a, b, judged))
     _legend(figure, axes)
     _save(figure, output, {str(i): [x for e in both for x in s[e]] for i, s in enumerate(sides)})
 
 
-def judge(a: list[Result], b: list[Result], level: float = 0.95) -> tuple[str, str]:
-    """Judge B in an environment: better, worse, the same or open; and say why in a sentence."""
-    unfinished = sum("evaluation" not in result.config for result in a + b)
-    if unfinished or not all(result.steps.size for result in a + b):
-        return "open", f"{unfinished} of {len(a + b)} runs are not finished, or had no episode"
+def unlike(a: list[Result], b: list[Result]) -> str:
+    """Say in what, but for seeds, the commands of two sides differ."""
+    configs = [side[0].config for side in (a, b)]
+    args = [config["args"] | {"script": config["script"]} for config in configs]
+    names = [name for name in args[0].keys() & args[1].keys() if name not in results.LIKE]
+    told = (f"{x} {args[0][x]} and {args[1][x]}" for x in sorted(names) if args[0][x] != args[1][x])
+    return "; ".join(told) or "the same arguments"
+
+
+def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[str, str]]:
+    """Judge B by each of MEASURES, or as a whole; and say why in a sentence.
+
+    It is `better in the end` or `worse over the run`, say, `the same`, `open` or `not compared`.
+    """
+    if unfinished := sum("evaluation" not in result.config for result in a + b):
+        return [("not compared", f"{unfinished} of {len(a + b)} runs are not finished")]
+    if empty := sum(not result.steps.size for result in a + b):
+        return [("not compared", f"{empty} of {len(a + b)} runs had no episode")]
     if a[0].total != b[0].total:
-        return "open", f"{a[0].total:,} steps cannot be compared with {b[0].total:,}"
+        steps = f"{a[0].total:,} steps cannot be compared with {b[0].total:,}"
+        return [("not compared", steps)]
     pairs = [(x, y) for x in a for y in b if x.config["args"]["seed"] == y.config["args"]["seed"]]
     if len(pairs) == min(len(a), len(b)) and all(repeats(x, y) for x, y in pairs):
-        return "the same", f"the same to the last episode, {len(pairs)} seed(s)"
-    values = [[float(result.last().mean()) for result in side] for side in (a, b)]
-    means = [np.mean(side) for side in values]
-    sentence = f"return {means[0]:,.1f} and {means[1]:,.1f} ({len(a)} and {len(b)} seeds), "
-    sentence += f"difference {means[1] - means[0]:+,.1f}"
-    if min(len(a), len(b)) == 1 and np.ptp(max(values, key=len)) == 0:
-        return "open", sentence + "; of how far seeds lie apart that says nothing"
-    low, high = difference(*values, level)
-    sentence += f", {100 * level:.3g}% interval {low:+,.1f} to {high:+,.1f}"
-    return "better" if low > 0 else "worse" if high < 0 else "open", sentence
+        return [("the same", f"the same to the last episode, {len(pairs)} seed(s)")]
+    begins = [result.steps[-101] if len(result.steps) > 100 else 0 for result in a + b]
+    shares = {"in the end": f" (the last {1 - min(begins) / a[0].total:.0%})"}
+    judged = []
+    for when, measure in MEASURES.items():
+        values = [[measure(result) for result in side] for side in (a, b)]
+        means = [np.mean(side) for side in values]
+        sentence = f"{when}{shares.get(when, '')}: return {means[0]:,.1f} and {means[1]:,.1f}"
+        sentence += f" ({len(a)} and {len(b)} seeds), difference {means[1] - means[0]:+,.1f}"
+        if min(len(a), len(b)) == 1 and np.ptp(max(values, key=len)) == 0:
+            judged.append(("open", sentence + "; of how far seeds lie apart that says nothing"))
+            continue
+        low, high = difference(*values, level)
+        sentence += f", {100 * level:.4g}% interval {low:+,.1f} to {high:+,.1f}"
+        word = f"better {when}" if low > 0 else f"worse {when}" if high < 0 else "open"
+        judged.append((word, sentence))
+    return judged
 
 
 def repeats(a: Result, b: Result) -> bool:
@@ -353,10 +392,11 @@ def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
     """Say in one sentence how B compares with A, from environments by how it was judged there."""
     if judged.keys() == {"the same"}:
         return f"{b} repeats {a}, in the seeds of both."
+    if judged.keys() == {"not compared"}:
+        return f"Nothing of {b} was compared with {a}."
     told = [
-        f"{word} on {', '.join(judged[word])}" for word in ("better", "worse") if word in judged
+        f"{word} on {', '.join(env_ids)}"
+        for word, env_ids in judged.items()
+        if word.startswith(("better", "worse"))
     ]
-    if not told:
-        return f"{b} cannot be told from {a}."
-    rest = len(judged.get("open", ()))
-    return f"{b} is {' and '.join(told)} than {a}{f', and undecided on {rest}' * (rest > 0)}."
+    return f"{b} is {'; '.join(told)}, than {a}." if told else f"{b} cannot be told from {a}."

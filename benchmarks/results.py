@@ -26,6 +26,7 @@ COLUMNS = ("step", "seconds", "return", "length")
 SUSPENDED = 600  # seconds without an event; what runs logs far more often
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
+FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called the same
 # arguments in which runs may differ that are called seeds of one thing
 LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
 LIKE |= {"eval_every", "eval_episodes", "capture_video", "resume", "evaluate", "render"}
@@ -122,6 +123,12 @@ def read_csv(path: Path) -> Result:
     return Result(read_config(path.with_suffix(".json")), *columns)
 
 
+def _run_folders(path: Path) -> list[Path]:
+    """Return the run folders below `path`, or it itself, but for those that were set aside."""
+    found = [file.parent for file in sorted(path.rglob("config.json"))]
+    return [run_dir for run_dir in found if run_dir.suffix != UNUSABLE]
+
+
 def read_folder(path: Path) -> dict[str, list[Result]]:
     """Return the results below `path` by environment, ordered by seed.
 
@@ -130,8 +137,7 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     found = [read_csv(file) for file in files]
-    run_dirs = [file.parent for file in sorted(path.rglob("config.json"))]
-    found = found or [read_run(run_dir) for run_dir in run_dirs if run_dir.suffix != UNUSABLE]
+    found = found or [read_run(run_dir) for run_dir in _run_folders(path)]
     found.sort(key=lambda result: result.config["args"]["seed"])
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
@@ -140,9 +146,13 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
         known: dict = {}
         flags = [(name, value) for x in args for name, value in x.items() if name not in LIKE]
         flags += [("minibatch_size", _minibatch_size(x)) for x in args]
-        unlike = any(known.setdefault(name, value) != value for name, value in flags)
-        if len(scripts) > 1 or unlike or len({x["seed"] for x in args}) < len(same):
-            fail(f"{path} has runs of {env_id} that differ in more than their seed: name fewer")
+        unlike = {name for name, value in flags if known.setdefault(name, value) != value}
+        unlike |= {"script"} if len(scripts) > 1 else set()
+        if unlike:
+            why = ", ".join(sorted(unlike))
+            fail(f"{path} has runs of {env_id} that differ in more than their seed: {why}")
+        if len({x["seed"] for x in args}) < len(same):
+            fail(f"{path} has several runs of {env_id} of one seed: name fewer")
     return by_env
 
 
@@ -184,7 +194,7 @@ def export(
     """Write finished runs to results/NAME/ENV/SEED.csv and .json, to be committed.
 
     Args:
-        run_dirs: run folders.
+        run_dirs: run folders, or folders of them.
         suite: all finished runs of this suite.
         name: folder under results/; by default the suite, or the run's --exp-name.
         run_dir: folder of the suites' runs.
@@ -192,34 +202,31 @@ def export(
     if suite:
         run_dirs = [path.with_suffix("") for path in sorted((run_dir / suite).glob("*/*.csv"))]
     if not run_dirs:
-        fail(
-            f"no finished run in {run_dir / suite}"
-            if suite
-            else "name run folders, or --suite NAME"
-        )
+        where = f"no finished run in {run_dir / suite}"
+        fail(where if suite else "name run folders, or --suite NAME")
+    if none := [str(path) for path in run_dirs if not _run_folders(path)]:
+        fail(f"{', '.join(none)}: neither a run folder nor a folder of them: no config.json")
     files = {}
-    for path in run_dirs:
-        if not (path / "config.json").is_file():
-            fail(f"{path} is not a run folder: it has no config.json")
+    for path in (found for folder in run_dirs for found in _run_folders(folder)):
         config = read_config(path / "config.json")
-        args, made_by = config["args"], command(config)
+        args, made_by = config["args"], command(config, FREE)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
         file = folder / f"{args['seed']}.csv"
         if file in files.values():
             fail(f"{path} would be {file}, as another run: export them under two names")
         files[path] = file
-        if file.exists() and (other := command(read_csv(file).config)) != made_by:
+        if file.exists() and (other := command(read_csv(file).config, FREE)) != made_by:
             fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
     for path, file in files.items():
         changed = str(write(path, file)["commit"]).endswith("-dirty")
         print(file, "(of a checkout with changes)" * changed)
 
 
-def command(config: dict) -> str:
+def command(config: dict, without: tuple[str, ...] = WHERE) -> str:
     """Return a run's command without what only said where and how often to save."""
     words, kept = iter(shlex.split(config["command"])[2:]), []
     for word in words:
-        if word.split("=")[0].replace("_", "-") not in WHERE:
+        if word.split("=")[0].replace("_", "-") not in without:
             kept.append(word)
         elif "=" not in word:
             next(words)

@@ -19,14 +19,16 @@ from benchmarks import results
 from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
 from common import fail
+from common.runs import commit
 
 SCRIPTS = Path(__file__).parent.parent
 PROGRESS = re.compile(
     r"([\d,]+) of ([\d,]+) steps \(.*?\) \| ([\d,]+) steps/s \| (\S+) left \|(?: return (\S+))?"
 )
 FINISHED = re.compile(r"^done: |^\S.* is finished; to see it", re.MULTILINE)
-STATES = {"running": "", "finished": ""}
-STATES |= {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
+NOT_RUN = {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
+# what --resume says of a run folder that cannot be gone on with, by whatever version
+LOST = re.compile(r"it has no checkpoint\.pt|checkpoint\.pt is empty, damaged or not a checkpoint")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 THREADS += ("TORCHINDUCTOR_COMPILE_THREADS",)
 
@@ -57,8 +59,9 @@ class Job:
         self.script, self.flags, self.env_id, self.seed = script, shlex.split(flags), env_id, seed
         self.run_dir = folder / env_id.replace("/", "-") / str(seed)
         self.name = f"{self.run_dir.parent.name}/{seed}"
-        self.state, self.error = "waiting", ""
+        self.state, self.error, self.note = "waiting", "", ""
         self.process, self.resumed, self.signals = None, False, 0
+        self.old = None  # commit of a run that was finished before
 
     def path(self, suffix: str) -> Path:
         """Return a path beside the run folder, as SEED.log."""
@@ -94,10 +97,11 @@ class Job:
             if not (finished or self.resumed):
                 self.set_aside()
                 log.truncate(0)
-            elif made_by != results.command(ours):
+            elif made_by != results.command(ours, results.FREE):
                 self.fail(f"{self.run_dir} was made by another command: {made_by}")
                 return
             elif finished:
+                self.old = json.loads((self.run_dir / "config.json").read_text()).get("commit")
                 self.finish()
                 return
             else:
@@ -116,15 +120,18 @@ class Job:
     def made_by(self) -> str | None:
         """Return the command that made the run folder, if there is a whole one."""
         try:
-            return results.command(json.loads((self.run_dir / "config.json").read_text()))
+            config = json.loads((self.run_dir / "config.json").read_text())
+            return results.command(config, results.FREE)
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def set_aside(self) -> None:
         """Rename a run folder that cannot be gone on with, and forget what was known of it."""
         if self.run_dir.exists():
-            shutil.rmtree(self.path(results.UNUSABLE), ignore_errors=True)
-            self.run_dir.rename(self.path(results.UNUSABLE))
+            count = len(list(self.run_dir.parent.glob(f"{self.seed}.*{results.UNUSABLE}")))
+            aside = self.path(f".{count + 1}{results.UNUSABLE}")
+            self.run_dir.rename(aside)
+            self.note = f"begun anew: {self.name}, as it cannot be resumed; what it was: {aside}"
         for suffix in (".csv", ".json", ".usage.json"):
             self.path(suffix).unlink(missing_ok=True)
 
@@ -144,7 +151,7 @@ class Job:
         last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
         if code == 0 and FINISHED.search(self.log()):
             self.finish()
-        elif code == 2 and self.resumed and "checkpoint.pt" in last:  # none, or a damaged one
+        elif code == 2 and self.resumed and LOST.search(last):
             self.set_aside()
             self.state = "waiting"
         elif self.signals:
@@ -200,12 +207,12 @@ class Screen:
 
 def describe(suite: str, jobs: list[Job]) -> list[str]:
     """Return the table: what runs, what waits, what failed."""
-    names = {state: [job.name for job in jobs if job.state == state] for state in STATES}
-    lines = [f"{suite}: {len(names['finished'])} of {len(jobs)} finished"]
-    lines += [job.row() for job in jobs if job.state in ("running", "elsewhere")]
-    for state in ("elsewhere", "waiting", "failed"):
-        if names[state]:
-            lines.append(f"{STATES[state]} {len(names[state])}: {', '.join(names[state])}")
+    finished = sum(job.state == "finished" for job in jobs)
+    lines = [f"{suite}: {finished} of {len(jobs)} finished"]
+    lines += [job.row() for job in jobs if job.state == "running"]
+    for state, words in NOT_RUN.items():
+        if names := [job.name for job in jobs if job.state == state]:
+            lines.append(f"{words} {len(names)}: {', '.join(names)}")
     return lines
 
 
@@ -224,6 +231,7 @@ def run(
     first_seed: int = 1,
     workers: int = 0,
     threads: int = 1,
+    script: str = "",
     run_dir: Path = Path("runs/benchmarks"),
 ) -> None:
     """Run a suite: the commands that a user would type, each in a process of its own.
@@ -235,10 +243,11 @@ def run(
     Args:
         suite: one of those in benchmarks/suites.py.
         env_ids: only these environments of the suite.
-        seeds: how many of each; 0: as many as the suite has.
+        seeds: how many of each; 0: up to the last that the suite has.
         first_seed: the first of them, as where another machine runs the ones before.
         workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
         threads: threads of each run.
+        script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
         run_dir: folder of the suites' runs.
     """
     if suite not in SUITES:
@@ -254,14 +263,23 @@ def run(
     ):
         if value < least:
             fail(f"--{name} {value}: must be at least {least}")
+    if not (chosen := range(first_seed, 1 + SUITES[suite].seeds)) and not seeds:
+        fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
+    chosen = range(first_seed, first_seed + seeds) if seeds else chosen
+    script = script.removesuffix(".py")
+    if script and not (SCRIPTS / f"{script}.py").exists():
+        fail(f"--script {script}: there is no {SCRIPTS / script}.py")
+    if script and len({name for name, *_ in SUITES[suite].runs}) > 1:
+        fail(f"--script {script}: {suite} has runs of several scripts")
+    folder = run_dir / (script or suite)
     try:
-        (run_dir / suite).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error}")
     jobs = [
-        Job(script, env_id, flags, seed, run_dir / suite)
-        for script, env_id, flags in SUITES[suite].runs
-        for seed in range(first_seed, first_seed + (seeds or SUITES[suite].seeds))
+        Job(script or name, env_id, flags, seed, folder)
+        for name, env_id, flags in SUITES[suite].runs
+        for seed in chosen
         if env_id in env_ids or not env_ids
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -283,6 +301,9 @@ def run(
             free = workers > sum(other.process is not None for other in jobs)
             if free and not signals and job.state in ("waiting", "elsewhere"):
                 job.start(threads)
+            if job.note:
+                screen.say(job.note)
+                job.note = ""
             if job.state in ("finished", "failed") and job not in told:
                 told.add(job)
                 screen.say(f"{job.state}: {job.name} {job.error}")
@@ -292,16 +313,20 @@ def run(
         left = [job for job in jobs if job.state in ("waiting", "elsewhere")]
         if not any(job.process for job in jobs) and (signals or not left):
             break
-        screen.show(describe(suite, jobs))
+        screen.show(describe(folder.name, jobs))
         time.sleep(0.5)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    screen.say("\n".join(describe(suite, jobs)))
+    screen.say("\n".join(describe(folder.name, jobs)))
     again = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     if signals:
         print(f"stopped; go on: {again}")
         raise SystemExit(128 + signals[0])
     if any(job.state == "failed" for job in jobs):
-        print(f"what failed is resumed by the same command: {again}\nlogs: {run_dir / suite}")
+        print(f"what died is resumed by the same command: {again}\nlogs: {folder}")
         raise SystemExit(1)
-    print(f"to see it: python -m benchmarks plot {run_dir / suite}")
+    now = commit()
+    old = {job.old for job in jobs if job.old and (job.old != now or now.endswith("-dirty"))}
+    if old:
+        print(f"finished before, at {', '.join(sorted(old))}; to run what has changed: --run-dir")
+    print(f"to see it: python -m benchmarks plot {folder}")

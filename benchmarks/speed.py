@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -80,7 +81,7 @@ def speed(
         env_id: environment, if not the script's own; ppo_discrete plays CartPole-v1.
         num_envs: environments that step together; each number is measured.
         num_steps: steps of each environment in a PPO rollout; by default as many as leave the
-            rollout its size. It has as many minibatches as by default.
+            rollout about its size. It has as many minibatches as by default.
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
@@ -106,7 +107,10 @@ def speed(
         setting = {"script": script, "env_id": env_id or work.env_id, "num_envs": envs}
         setting |= {"total_timesteps": total_timesteps or work.total_timesteps}
         if work.rollout:
-            setting |= {"num_steps": num_steps or max(1, work.rollout // envs)}
+            minibatches = importlib.import_module(script).Args().num_minibatches
+            least = minibatches // math.gcd(envs, minibatches)  # so that they divide the rollout
+            least = 1 if peer == "torchrl" else least  # its remainder is dropped
+            setting |= {"num_steps": num_steps or max(1, work.rollout // envs // least) * least}
         else:
             setting |= OFF_POLICY
         ours, peers = [], []
@@ -125,12 +129,12 @@ def speed(
                 result[name] = {"steps_per_second": rates, "startup_seconds": startups}
         result["ratios"] = [a / b for (a, _), (b, _) in zip(ours, peers)]
         measurements.append(result)
-    if beside:
-        config["versions"][package] = version(package)
-    content = {"script": script, "command": results.own_command()}
-    content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
+        if beside:
+            config["versions"][package] = version(package)
+        content = {"script": script, "command": results.own_command()}
+        content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
+        results.write_json(content, output or Path(f"runs/speed_{script}_{peer}.json"))
     print("\n".join(rows(content)))
-    results.write_json(content, output or Path(f"runs/speed_{script}_{peer}.json"))
 
 
 def rows(content: dict) -> list[str]:

@@ -258,19 +258,25 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def commit() -> str:
+    """Return git's commit, with -dirty where a Python file is changed or new; "" without git."""
+    root, words = Path(__file__).parent.parent, ("rev-parse HEAD", "status --porcelain -- *.py")
+    git = [["git", "-C", str(root), *x.split()] for x in words]
+    try:
+        done = [subprocess.run(x, capture_output=True, text=True).stdout.strip() for x in git]
+    except OSError:  # no git
+        return ""
+    return done[0] + "-dirty" * bool(done[1])
+
+
 def provenance(device: torch.device) -> dict:
     """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
-    try:
-        commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
     versions = {name: version(name) for name in packages}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit or None,
+        "commit": commit() or None,
         "versions": {"python": platform.python_version()} | versions,
         "machine": {
             "system": platform.platform(),

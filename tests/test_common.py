@@ -381,16 +381,29 @@ def test_an_evaluation_is_described_by_mean_deviation_and_least():
     assert runs.describe([1.0, 3.0], [10, 20]) == said
 
 
-def test_the_commit_of_a_run_says_if_files_had_changed(monkeypatch):
-    asked = []
+def test_the_commit_of_a_run_says_if_scripts_had_changed_or_were_new(tmp_path, monkeypatch):
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, check=True)
+        return done.stdout.decode().strip()
 
-    def git(words, **_):
-        asked.extend(words)
-        return SimpleNamespace(stdout="abc-dirty\n")
-
-    monkeypatch.setattr(runs.subprocess, "run", git)
-    commit = runs.provenance(torch.device("cpu"))["commit"]
-    assert commit == "abc-dirty" and {"--dirty", "--abbrev=40"} <= set(asked)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common" / "runs.py"))
+    assert runs.provenance(torch.device("cpu"))["commit"] is None
+    for name in ("a.py", "notes.txt"):
+        (tmp_path / name).write_text("1")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "1"], ["tag", "v1"]):
+        git(*words)
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "notes.txt").write_text("2")
+    assert runs.provenance(torch.device("cpu"))["commit"] == commit
+    for path, content in (("a.py", "2"), ("mine.py", "1")):
+        (tmp_path / path).write_text(content)
+        assert runs.commit() == f"{commit}-dirty"
+        git("add", "a.py")
+        git(*who, "commit", "-qm", "2", "--allow-empty")
+        commit = git("rev-parse", "HEAD")
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: open("/no/git"))
+    assert runs.commit() == ""
 
 
 def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch, capsys):
