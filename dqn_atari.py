@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, runs, seeding, tensors
+from common import envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "td_loss q_values".split()
@@ -425,7 +425,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
     optimizer = tensors.FlatAdam(critic, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
-    with runs.memory_for(args, "buffer_size"):
+    with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, device)
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
@@ -495,4 +495,4 @@ if __name__ == "__main__":
     if args.evaluate is None:
         train(args, checkpoint)
     else:
-        runs.evaluate(load_agent, args, check_args(args), checkpoint["device"])
+        runs.evaluate(load_agent, args, check_args(args))

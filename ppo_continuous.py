@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, runs, seeding, tensors
+from common import envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
@@ -317,7 +317,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     update = runs.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
     size = args.minibatch_size or batch_size // args.num_minibatches
-    with runs.memory_for(args, "num_steps"):
+    with failing(f"--num-steps {args.num_steps}", RuntimeError, MemoryError):
         rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
@@ -395,4 +395,4 @@ if __name__ == "__main__":
     if args.evaluate is None:
         train(args, checkpoint)
     else:
-        runs.evaluate(load_agent, args, check_args(args), checkpoint["device"])
+        runs.evaluate(load_agent, args, check_args(args))

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, runs, seeding, tensors
+from common import envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "qf_loss q_values actor_loss entropy alpha".split()
@@ -321,7 +321,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     learned = {"critic": critic, "actor": actor, "alpha": log_alpha}
     optimizer = nn.ModuleDict({name: tensors.FlatAdam(x, eps=1e-8) for name, x in learned.items()})
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
-    with runs.memory_for(args, "buffer_size"):
+    with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, action_size, device)
     updates = make_updates(agent, optimizer, replay.columns, args)
     update_critic, update_actor = (runs.compile_function(x, args, device) for x in updates)
@@ -395,4 +395,4 @@ if __name__ == "__main__":
     if args.evaluate is None:
         train(args, checkpoint)
     else:
-        runs.evaluate(load_agent, args, check_args(args), checkpoint["device"])
+        runs.evaluate(load_agent, args, check_args(args))

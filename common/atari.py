@@ -5,9 +5,9 @@ import re
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorWrapper
 
-from common.seeding import env_seed
+from common.seeding import stream_seed
 
 PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
 to 30 frames of FIRE and no-ops at the start, at most 108,000; a lost life ends the agent's episode,
@@ -25,14 +25,12 @@ def find_game(env_id: str) -> str | None:
     return {x.title().replace("_", ""): x for x in roms.get_all_rom_ids()}.get(match[2])
 
 
-class AtariGames(VectorEnv):
+class AtariGames(VectorWrapper):
     """Games [N] that step together: ale-py's vector environment under PROTOCOL.
 
     `terminated` tells a lost life or the end of a game, infos["over"] the end of a game, be it by
-    its time limit; rewards are the score. Games are seeded and found again as Replayable does it.
+    its time limit; rewards are the score. Games are found again as Replayable does it.
     """
-
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, game: str, num_envs: int, seed: int, sticky_actions: float, **options):
         from ale_py.vector_env import AtariVectorEnv
@@ -41,12 +39,9 @@ class AtariGames(VectorEnv):
         options |= {"frameskip": 4, "maxpool": True, "use_fire_reset": True}
         options |= {"autoreset_mode": AutoresetMode.SAME_STEP, "life_loss_info": True}
         options |= {"repeat_action_probability": sticky_actions, "reward_clipping": False}
-        self.games = games = AtariVectorEnv(game, num_envs, **options)
-        self.num_envs, self.seed = num_envs, seed
-        self.observation_space, self.action_space = games.observation_space, games.action_space
-        self.single_observation_space = games.single_observation_space
-        self.single_action_space = games.single_action_space
-        meanings = [action.name for action in games.ale.get_action_set()]
+        self.games, self.seed = AtariVectorEnv(game, num_envs, **options), seed
+        super().__init__(self.games)
+        meanings = [action.name for action in self.games.ale.get_action_set()]
         self.fire = meanings.index("FIRE") if "FIRE" in meanings else 0
         self.episode, self.actions = np.full(num_envs, -1), [[] for _ in range(num_envs)]
         self.waiting = np.zeros(num_envs, bool)  # for FIRE
@@ -62,20 +57,15 @@ class AtariGames(VectorEnv):
     def _begin(self, which: np.ndarray, seeds: list[int] | None = None) -> np.ndarray:
         first = self.episode - (0 if seeds else self.episode % self.games_per_seed)
         indices = np.flatnonzero(which).tolist()
-        seeds = seeds or [env_seed(self.seed, "env", i, int(first[i])) for i in indices]
+        seeds = seeds or [stream_seed(self.seed, "env", i, int(first[i])) for i in indices]
         seeds = np.array([seed % 2**31 for seed in seeds])
         obs, infos = self.games.reset(seed=seeds, options={"reset_mask": which})
         for k in range((self.episode - first)[which].max()):
             behind = which & (self.episode - first > k)
             obs, infos = self.games.reset(options={"reset_mask": behind})
-        self.frames = infos["episode_frame_number"]
-        self._forget(which)
+        self.frames, self.waiting[which] = infos["episode_frame_number"], False
+        self.actions = [[] if new else played for new, played in zip(which, self.actions)]
         return obs
-
-    def _forget(self, which: np.ndarray) -> None:
-        self.waiting[which] = False
-        for i in np.flatnonzero(which):
-            self.actions[i] = []
 
     def step(self, actions: np.ndarray) -> tuple:
         """Step all games; observations are uint8 [N, 4, 84, 84], newly made."""
@@ -97,7 +87,7 @@ class AtariGames(VectorEnv):
         infos = {name: infos[name] for name in ("final_obs",) if name in infos} | {"over": over}
         if over.any():
             self.episode += over
-            self._forget(over)
+            self.actions = [[] if end else played for end, played in zip(over, self.actions)]
             seeded = over & (self.episode % self.games_per_seed == 0)
             obs = self._begin(seeded) if seeded.any() else obs
         return obs, rewards, terminated, truncated, infos
@@ -111,7 +101,6 @@ class AtariGames(VectorEnv):
 
     def set_attr(self, name: str, histories: list[tuple[int, torch.Tensor]]) -> None:
         """Repeat the actions of each `history`; each game begins so that all get there at once."""
-        assert name == "history"
         longest = max(len(actions) for _, actions in histories)
         for left in range(longest, -1, -1):
             begin = np.array([len(actions) == left for _, actions in histories])
@@ -121,9 +110,6 @@ class AtariGames(VectorEnv):
             if left:
                 actions = [int(x[-left]) if left <= len(x) else 0 for _, x in histories]
                 self.obs = self.step(np.array(actions))[0]
-
-    def close(self, **_) -> None:
-        """Games need no closing."""
 
 
 class AtariGame(gym.Env):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from common import atari, fail
-from common.seeding import env_seed, stream_seed
+from common import atari, fail, failing
+from common.seeding import stream_seed
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
@@ -53,7 +53,7 @@ class Replayable(gym.Wrapper):
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
         self.episode, self.actions = self.episode + 1, []
-        obs, _ = self.env.reset(seed=env_seed(*self.stream, self.episode), options=options)
+        obs, _ = self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
         return obs, {}
 
     def step(self, action) -> tuple:
@@ -81,11 +81,11 @@ class Replayable(gym.Wrapper):
         self.obs = None if over else self.obs
 
 
-def _make_training_env(args, index: int, trainer: int) -> gym.Env:
+def _training_env(args, index: int, trainer: int) -> gym.Env:
     if os.getpid() != trainer:  # a worker: signals are for the process that trains
         os.setpgid(0, 0)
         random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
-        np.random.seed(env_seed(args.seed, "numpy", index))
+        np.random.seed(stream_seed(args.seed, "numpy", index))
     return Replayable(args, index)
 
 
@@ -101,8 +101,7 @@ class Environments:
         if game := atari.find_game(args.env_id):
             self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
         else:
-            trainer = os.getpid()
-            makers = [partial(_make_training_env, args, i, trainer) for i in range(args.num_envs)]
+            makers = [partial(_training_env, args, i, os.getpid()) for i in range(args.num_envs)]
             mode = AutoresetMode.SAME_STEP
             self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
         self.background = hasattr(self.vector_env, "step_async")
@@ -130,8 +129,7 @@ class Environments:
         vector_env = self.vector_env
         outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
         self.obs, rewards, terminated, truncated, infos = outcome
-        if not isinstance(vector_env, atari.AtariGames):
-            infos["over"] = terminated | truncated
+        infos.setdefault("over", terminated | truncated)  # which games tell themselves
         self.new.append((rewards, infos["over"]))
         return self.obs, rewards, terminated, truncated & ~terminated, infos
 
@@ -182,24 +180,21 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     """Return the observation and action space, or end with one line if they do not fit."""
     if args.capture_video:
         prepare_video()
-    try:
+    wrong_id = gym.error.Error, ImportError, AttributeError, ValueError, TypeError
+    with failing(f"--env-id {args.env_id}", *wrong_id):
         env = make_env(args)
-    except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
         fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
     obs_space, action_space = env.observation_space, env.action_space
     stacked = isinstance(env, gym.wrappers.FrameStackObservation)
     env.close()
     if args.capture_video or args.render:
-        try:  # now, not after the training
+        about = f"{args.env_id} cannot be drawn here (apt install libosmesa6?)"
+        with failing(about, Exception):  # now, not after the training; each renderer has its own
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)
             env.render()
             env.close()
-        except Exception as error:  # each renderer has its own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            fail(f"{args.env_id} cannot be drawn here (apt install libosmesa6?): {reason}")
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
         known = isinstance(action_space, (gym.spaces.Box, gym.spaces.Discrete))
@@ -225,10 +220,6 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
 
 def prepare_video() -> None:
     """Choose a MuJoCo renderer that works without a display, if there is one."""
-    try:
-        import moviepy  # noqa: F401
-    except ImportError:
-        fail("--capture-video needs moviepy: pip install moviepy")
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ:
         return
     for renderer in ("egl", "osmesa"):  # in a process of its own, as a failing one can take it down
@@ -254,7 +245,7 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
-        obs, _ = env.reset(seed=env_seed(args.seed, "eval", i))
+        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))
         env.action_space.seed(stream_seed(args.seed, "eval", i, 0))
         rng = np.random.default_rng(stream_seed(args.seed, "eval", i, 1))
         terminated = truncated = False

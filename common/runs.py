@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -31,13 +31,14 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import atari, envs, fail
+from common import atari, envs, fail, failing
 from common.checkpoint import load_run, save_checkpoint
 
+MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 # what may be given anew; everything else comes from the run
 ANEW = {
-    "resume": {"total_timesteps", "checkpoint_every", "eval_every", "eval_episodes", "track"},
-    "evaluate": {"eval_episodes", "render", "capture_video"},
+    "resume": "total_timesteps checkpoint_every eval_every eval_episodes eval_e track",
+    "evaluate": "eval_episodes eval_e render capture_video",
 }
 # what a number must be, by its name, which means the same in every script
 RANGES = {
@@ -80,11 +81,10 @@ def check_ranges(args) -> None:
     above = next(path for path in folder.parents if os.path.exists(path))
     if new and not os.access(above, os.W_OK | os.X_OK):
         fail(f"--run-dir {folder}: nothing can be written into {above}")
-    if args.track and args.evaluate is None:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs wandb: pip install wandb")
+    for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, name) and (name != "track" or args.evaluate is None):
+            with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):
+                import_module(package)
     if getattr(args, "lr_schedule", "linear") != "linear":
         require(args.anneal_lr, args, "lr_schedule", "go with --anneal-lr")
     for (low, high, need), names in RANGES.items():
@@ -110,8 +110,9 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         return args, None
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
-    if refused := given - ANEW[mode]:
-        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, ANEW[mode]))
+    allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
+    if refused := given - allowed:
+        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     if {"render", "capture_video"} <= given:
         fail("--render and --capture-video exclude each other")
@@ -119,29 +120,15 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
         print("trained on CUDA, evaluated on the CPU: it rounds differently")
         checkpoint["device"] = "cpu"
-    try:
+    with failing(f"{run_dir} was made by a script with other arguments", TypeError):
         stored = args_class(**checkpoint["args"])
-    except TypeError as error:
-        fail(f"{run_dir} was made by a script with other arguments: {error}")
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
         for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
             if getattr(stored, schedule, False):
                 fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
-    if checkpoint["device"] == "cpu":  # for auto, where a GPU has been added since
-        anew["device"] = "cpu"
+    anew["device"] = checkpoint["device"]  # not auto: a GPU may have come or gone
     return dataclasses.replace(stored, **anew), checkpoint
-
-
-def set_arithmetic(args, device: torch.device) -> None:
-    """Let the CPU take denormal numbers as zero, and CUDA repeat itself (--torch-deterministic)."""
-    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
-    # PyTorch's threads begin, which inherit it
-    torch.set_flush_denormal(True)
-    deterministic = device.type == "cuda" and args.torch_deterministic
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # a run before may have
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
 
 
 def setup_torch(args, faster: str) -> torch.device:
@@ -152,15 +139,26 @@ def setup_torch(args, faster: str) -> torch.device:
     convolutions of cuDNN, which take TF32 where they can, as is PyTorch's default.)
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    device = faster if args.device == "auto" and torch.cuda.is_available() else args.device
-    device = torch.device(device if device != "auto" else "cpu")
+        advice = "use --device cpu" if args.resume is None else "the run was begun on one"
+        fail(f"--device cuda: PyTorch finds no CUDA device; {advice}")
+    auto = faster if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
     large = faster == "cuda"
-    if args.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        fail("--bf16: this GPU does not compute in bfloat16")
+    if args.bf16 and args.evaluate is None:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            fail("--bf16: this GPU does not compute in bfloat16")
+        onednn = torch.backends.mkldnn.is_available()
+        if device.type == "cpu" and not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            print("--bf16: this processor has no bfloat16, which makes it many times slower")
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
-    set_arithmetic(args, device)
+    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
+    # PyTorch's threads begin, which inherit it
+    torch.set_flush_denormal(True)
     torch.set_num_threads(args.num_threads)
+    deterministic = device.type == "cuda" and args.torch_deterministic
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # a run before may have
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
@@ -170,16 +168,6 @@ def setup_torch(args, faster: str) -> torch.device:
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
     return device
-
-
-@contextmanager
-def memory_for(args, name: str):
-    """End with one line if there is no memory for what the argument `name` sizes."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
-        elsewhere = "; or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
-        fail(f"{flag(name)} {getattr(args, name)}: {str(error).splitlines()[0]}{elsewhere}")
 
 
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
@@ -201,15 +189,12 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     if not args.compile:
         return function
     inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state
-
-    def of_inputs(guards) -> list[bool]:  # named x or batch[0], say
-        return [re.split(r"\W", guard.name)[0] in inputs for guard in guards]
-
+    named = re.compile(r"\w*")  # of x, or of batch[0]
+    options["guard_filter_fn"] = lambda guards: [named.match(x.name)[0] in inputs for x in guards]
     # what is compiled is kept by code object: without the other checks, a second run in this
     # process would take the first one's, so each has a copy
     code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
     function = FunctionType(code, function.__globals__, *rest)
-    options |= {"guard_filter_fn": of_inputs}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     called = False
 
@@ -230,21 +215,10 @@ def describe(returns: list[float], lengths: list[int]) -> str:
     return f"evaluation of {len(returns)} episodes: return {spread}, length {np.mean(lengths):,.0f}"
 
 
-@contextmanager
-def state_of(run_dir: str | Path):
-    """End with one line if what is loaded does not fit, as after an edit of the network."""
-    try:
-        yield
-    except (KeyError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        fail(f"{run_dir} does not fit the script or environment as it is now: {why:.300}")
-
-
-def evaluate(load_agent: Callable, args, spaces: tuple, device: str) -> None:
+def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     """Play the episodes of --evaluate in an environment of these spaces, and say how it went."""
-    set_arithmetic(args, torch.device(device))
-    torch.set_num_threads(args.num_threads)
-    with state_of(args.evaluate):
+    device = setup_torch(args, faster="cuda")
+    with failing(f"{args.evaluate} {MISFIT}", KeyError, RuntimeError):
         agent = load_agent(args.evaluate, device=device)
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
@@ -309,17 +283,14 @@ class Run:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         self.device = device.type
-        if checkpoint and checkpoint["device"] != self.device:
-            fail(f"{self.dir} was on {checkpoint['device']}, and can go on only there")
-        for name in parts if checkpoint else ():
-            # an environment's errors are its own; a replay is not to stay in memory twice
-            with nullcontext() if name == "envs" else state_of(self.dir):
-                parts[name].load_state_dict(checkpoint.pop(name))
+        if checkpoint:  # a replay is not to stay in memory twice; user's errors are their own
+            parts["envs"].load_state_dict(checkpoint.pop("envs"))
+            with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
+                for name in [name for name in parts if name != "envs"]:
+                    parts[name].load_state_dict(checkpoint.pop(name))
         config = {"script": script, "args": vars(args)} | provenance(device)
-        try:
+        with failing(f"--run-dir {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-        except OSError as error:
-            fail(f"--run-dir {self.dir}: {error}")
         if args.track:
             self._track(new=checkpoint is None)
         # readers drop what a killed run logged after its checkpoint, as it is logged again
@@ -342,7 +313,7 @@ class Run:
         except Exception as error:  # wandb has many
             if new:
                 shutil.rmtree(self.dir)
-            fail(f"--track: {' '.join(str(error).split())}")
+            fail(f"--track: {error}")
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"
@@ -373,29 +344,26 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
-        form |= {"total": self.last_step, "initial": self.step, "disable": not sys.stderr.isatty()}
-        self.bar = tqdm(desc=self.args.env_id, **form)
+        form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True, "disable": None}
+        self.bar = tqdm(desc=self.args.env_id, total=self.last_step, initial=self.step, **form)
         self.start = self.printed = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        if self.step == self.last_step:
-            tqdm.write(f"done: {self.dir}")
         self.bar.close()
         self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.step == self.last_step:
+            print(f"done: {self.dir}")
             self.parts["envs"].close()
         if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             print(f"ended by {error!r:.200}", file=sys.stderr)
             self._leave()
 
     def _leave(self) -> NoReturn:
-        self.bar.close()
         resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
-        print(f"stopped at step {self.saved:,}; go on: {resume}")
+        tqdm.write(f"stopped at step {self.saved:,}; go on: {resume}")
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
@@ -417,10 +385,9 @@ class Run:
 
     def episodes(self, finished: list[tuple[float, int, int]]) -> None:
         """Log finished training episodes: return, length, last step of each."""
-        for episodic_return, length, step in finished:
-            self.returns.append(episodic_return)
-            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
-            self.writer.add_scalar("charts/episodic_length", length, step)
+        for total, length, step in finished:
+            self.returns.append(total)
+            self.scalars({"charts/episodic_return": total, "charts/episodic_length": length}, step)
 
     def evaluate(self, agent: torch.nn.Module, step: int) -> None:
         """Evaluate, log, and save the agent to best.pt if it never was as good."""

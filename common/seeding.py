@@ -9,17 +9,12 @@ STREAMS = ("init", "env", "action", "minibatch", "replay", "eval", "python", "nu
 
 
 def stream_seed(seed: int, name: str, *index: int) -> int:
-    """Return the 64-bit seed of a stream, as `stream_seed(1, "action")`.
+    """Return the seed of a stream, as `stream_seed(1, "action")`: 32 bits, as all libraries take.
 
     `seed + i` would hand the second environment of seed 1 and the first of seed 2 the same numbers.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(name), *index))
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
-def env_seed(seed: int, name: str, *index: int) -> int:
-    """Return a stream's seed in 32 bits, which is what environments may take at most."""
-    return stream_seed(seed, name, *index) % 2**32
+    return int(sequence.generate_state(1)[0])
 
 
 class Streams(dict):
@@ -36,7 +31,7 @@ class Streams(dict):
             self[name].manual_seed(stream_seed(seed, name))
         torch.manual_seed(stream_seed(seed, "init"))
         random.seed(stream_seed(seed, "python"))
-        np.random.seed(stream_seed(seed, "numpy") % 2**32)
+        np.random.seed(stream_seed(seed, "numpy"))
 
     def state_dict(self) -> dict:
         """Return all states, in tensors and plain Python."""

@@ -20,7 +20,7 @@ from conftest import (
 import ppo_discrete as ppo
 from common import atari, envs, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.seeding import env_seed
+from common.seeding import stream_seed
 
 NOOP, FIRE, RIGHT, LEFT = range(4)  # Breakout's
 
@@ -224,13 +224,13 @@ def test_the_end_of_a_game_begins_another_that_can_be_found_again():
     _, (obs, *_) = play_until(games, "over")
     assert games.episode == [64]
     fresh = atari.AtariGames("breakout", 1, 99, 0.0)
-    assert np.array_equal(fresh.reset(seed=[env_seed(1, "env", 0, 64)])[0], obs)
+    assert np.array_equal(fresh.reset(seed=[stream_seed(1, "env", 0, 64)])[0], obs)
     # and with sticky actions every one
     games = atari.AtariGames("breakout", 1, 1, 0.25)
     games.reset()
     _, (obs, *_) = play_until(games, "over")
     fresh = atari.AtariGames("breakout", 1, 99, 0.25)
-    assert np.array_equal(fresh.reset(seed=[env_seed(1, "env", 0, 1)])[0], obs)
+    assert np.array_equal(fresh.reset(seed=[stream_seed(1, "env", 0, 1)])[0], obs)
     # and only the game that is over begins anew
     games, *_ = begin(2)
     for t in range(400):

@@ -22,9 +22,9 @@ import dqn_atari
 import ppo_continuous
 import ppo_discrete
 import sac_continuous
-from common import envs, runs
+from common import envs, failing, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.seeding import STREAMS, Streams, env_seed, stream_seed
+from common.seeding import STREAMS, Streams, stream_seed
 from common.tensors import bounds, flatten_parameters, functional, to_numpy
 from ppo_continuous import Args
 
@@ -115,7 +115,7 @@ def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
         first.finished_episodes()
     saved, pending = first.state_dict(), first.obs.copy()
     episodes = [episode for episode, _ in saved["histories"]]
-    odd = np.array([env_seed(1, "env", i, e) % 2 for i, e in enumerate(episodes)], bool)
+    odd = np.array([stream_seed(1, "env", i, e) % 2 for i, e in enumerate(episodes)], bool)
     assert 0 < odd.sum() < 8
     second = make("toy_envs:Unseeded-v0", num_envs=8)
     second.load_state_dict(saved)
@@ -131,7 +131,7 @@ def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
         assert (episode, len(actions)) == (episodes[i] + odd[i], (not odd[i]) * first.lengths[i])
         if odd[i]:
             env = gym.make("toy_envs:Shaped-v0")
-            obs, _ = env.reset(seed=env_seed(1, "env", i, episode))
+            obs, _ = env.reset(seed=stream_seed(1, "env", i, episode))
             np.testing.assert_array_equal(second.obs[i], obs)
     play(second, sample_actions(second, 30))
 
@@ -195,14 +195,14 @@ def test_streams_of_neighbouring_seeds_are_disjoint():
         for i in [(), *((j,) for j in range(10)), *((j, k) for j in range(5) for k in range(5))]
     ]
     assert len(set(seeds)) == len(seeds)
-    assert 0 <= env_seed(1, "env", 0, 0) < 2**32  # what environments may take at most
+    assert 0 <= stream_seed(1, "env", 0, 0) < 2**32  # what environments may take at most
 
 
 def test_every_stream_of_every_seed_draws_numbers_of_its_own_and_goes_on_where_it_was():
     def draw() -> list[tuple]:
         drawn = [torch.rand(4, generator=x).tolist() for x in streams.values()]
         drawn += [torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random()]]
-        return [*map(tuple, drawn), tuple(np.random.normal(size=3)), (random.gauss(),)]
+        return [*map(tuple, drawn), tuple(np.random.normal(size=3)), (random.gauss(0, 1),)]
 
     drawn = []
     for seed in (1, 2):
@@ -235,7 +235,7 @@ def test_episodes_of_an_evaluation_are_seeded_by_seed_and_number(monkeypatch):
     torch.set_float32_matmul_precision("medium")
     envs.play(act, args, Path())
     assert set(precisions) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
-    assert seeds == [env_seed(3, "eval", 0), env_seed(3, "eval", 1)]
+    assert seeds == [stream_seed(3, "eval", 0), stream_seed(3, "eval", 1)]
     args.env_id, args.eval_e = "CartPole-v1", 1.0
     assert envs.play(None, args, Path()) == envs.play(None, args, Path())
 
@@ -253,7 +253,7 @@ def test_every_episode_has_a_seed_of_its_own():
             )[1]
         play(environments, sample_actions(environments, 15))
         begins[seed] = seeds
-        assert seeds == [[env_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
+        assert seeds == [[stream_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
     assert len({x for seeds in begins.values() for kept in seeds for x in kept}) == 18
     a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4
@@ -477,13 +477,33 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --bf16: this GPU does not compute in bfloat16\n"
 
 
-def test_a_gpu_without_memory_is_told_from_a_cpu_without(capsys):
-    args = sac_continuous.Args()
-    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTry"), RuntimeError("no memory")):
-        with pytest.raises(SystemExit), runs.memory_for(args, "buffer_size"):
+@pytest.mark.parametrize(
+    "native, device, evaluate, warned",
+    [(False, "cpu", None, True), (True, "cpu", None, False), (False, "cpu", "r", False)],
+)
+def test_bfloat16_that_is_emulated_is_said_to_be_slow(
+    native, device, evaluate, warned, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: native)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    runs.setup_torch(sac_continuous.Args(bf16=True, device=device, evaluate=evaluate), "cuda")
+    assert ("many times slower" in capsys.readouterr().out) == warned
+
+
+def test_what_fails_as_it_may_is_one_line(capsys):
+    errors = (
+        (torch.OutOfMemoryError("CUDA out of memory.\nTry"), "CUDA out of memory. Try"),
+        (
+            MemoryError(),
+            "MemoryError",
+        ),
+    )
+    for error, why in errors:
+        with pytest.raises(SystemExit), failing("--buffer-size 9", RuntimeError, MemoryError):
             raise error
-    said = "error: --buffer-size 1000000: CUDA out of memory.; or --device cpu\n"
-    assert capsys.readouterr().err == said + "error: --buffer-size 1000000: no memory\n"
+        assert capsys.readouterr().err == f"error: --buffer-size 9: {why}\n"
+    with pytest.raises(ValueError), failing("x", RuntimeError):
+        raise ValueError("is a bug, which keeps its traceback")
 
 
 def test_threads_do_not_depend_on_what_ran_before():

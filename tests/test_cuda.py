@@ -137,7 +137,9 @@ def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path
     words = ["--resume", "r", "--total-timesteps", 128]
     done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
     assert (
-        done.returncode == 2 and done.stderr == "error: r was on cuda, and can go on only there\n"
+        done.returncode == 2
+        and done.stderr
+        == "error: --device cuda: PyTorch finds no CUDA device; the run was begun on one\n"
     )
 
 
