@@ -72,6 +72,9 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4").values()
     humanoid = np.mean([result.last().mean() for result in found])
     assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
+    (found,) = results.read_folder(results.FOLDER / "humanoid_v4_cleanrl").values()
+    a, b = (result.last().mean() for result in found)
+    assert f"returns {a:.0f} and {b:.0f} (seeds 1 and 2," in " ".join(readme.split())
     solved, evaluated = [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
