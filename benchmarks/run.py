@@ -205,10 +205,10 @@ class Screen:
             self.say("; ".join(" ".join(line.split()) for line in lines))
 
 
-def describe(suite: str, jobs: list[Job]) -> list[str]:
+def describe(jobs: list[Job]) -> list[str]:
     """Return the table: what runs, what waits, what failed."""
     finished = sum(job.state == "finished" for job in jobs)
-    lines = [f"{suite}: {finished} of {len(jobs)} finished"]
+    lines = [f"{jobs[0].run_dir.parent.parent.name}: {finished} of {len(jobs)} finished"]
     lines += [job.row() for job in jobs if job.state == "running"]
     for state, words in NOT_RUN.items():
         if names := [job.name for job in jobs if job.state == state]:
@@ -222,6 +222,68 @@ def available_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     limit = limit.read_text().strip() if limit.exists() else "max"
     return machine if limit == "max" else min(machine, int(limit))
+
+
+def select(
+    suite: str, env_ids: tuple, seeds: int, first_seed: int, script: str, run_dir: Path
+) -> list[Job]:
+    """Return the runs that the arguments of `run` name, or end with one line."""
+    if suite not in SUITES:
+        fail(f"no suite {suite}; there are {', '.join(SUITES)}")
+    if unknown := set(env_ids) - {env_id for _, env_id, _ in SUITES[suite].runs}:
+        known = ", ".join(env_id for _, env_id, _ in SUITES[suite].runs)
+        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
+    chosen = range(first_seed, first_seed + seeds if seeds else 1 + SUITES[suite].seeds)
+    if not chosen:
+        fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
+    if script and not (SCRIPTS / f"{script}.py").exists():
+        fail(f"--script {script}: there is no {SCRIPTS / script}.py")
+    if script and len({name for name, *_ in SUITES[suite].runs}) > 1:
+        fail(f"--script {script}: {suite} has runs of several scripts")
+    folder = run_dir / (script or suite)
+    return [
+        Job(script or name, env_id, flags, seed, folder)
+        for name, env_id, flags in SUITES[suite].runs
+        for seed in chosen
+        if env_id in env_ids or not env_ids
+    ]
+
+
+def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[int]:
+    """Run the jobs, so many at a time, until they have ended; return the signals that came."""
+    signals, told = [], set()
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    while True:
+        running = [job for job in jobs if job.process]
+        for job in running:
+            if job.signals < len(signals):
+                os.kill(job.process.pid, signal.SIGINT)
+                job.signals += 1
+            job.poll(workers)
+        for job in jobs:
+            free = workers > sum(other.process is not None for other in jobs)
+            if free and not signals and job.state in ("waiting", "elsewhere"):
+                job.start(threads)
+            if job.note:
+                screen.say(job.note)
+                job.note = ""
+            if job.state in ("finished", "failed") and job not in told:
+                told.add(job)
+                screen.say(f"{job.state}: {job.name} {job.error}")
+        if signals and "stopping" not in told:
+            told.add("stopping")
+            screen.say("stopping, once the runs have saved; once more to leave at once")
+        left = [job for job in jobs if job.state in ("waiting", "elsewhere")]
+        if not any(job.process for job in jobs) and (signals or not left):
+            break
+        screen.show(describe(jobs))
+        time.sleep(0.5)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return signals
 
 
 def run(
@@ -250,11 +312,6 @@ def run(
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
         run_dir: folder of the suites' runs.
     """
-    if suite not in SUITES:
-        fail(f"no suite {suite}; there are {', '.join(SUITES)}")
-    if unknown := set(env_ids) - {env_id for _, env_id, _ in SUITES[suite].runs}:
-        known = ", ".join(env_id for _, env_id, _ in SUITES[suite].runs)
-        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
     for name, value, least in (
         ("seeds", seeds, 0),
         ("first-seed", first_seed, 0),
@@ -263,61 +320,18 @@ def run(
     ):
         if value < least:
             fail(f"--{name} {value}: must be at least {least}")
-    if not (chosen := range(first_seed, 1 + SUITES[suite].seeds)) and not seeds:
-        fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
-    chosen = range(first_seed, first_seed + seeds) if seeds else chosen
-    script = script.removesuffix(".py")
-    if script and not (SCRIPTS / f"{script}.py").exists():
-        fail(f"--script {script}: there is no {SCRIPTS / script}.py")
-    if script and len({name for name, *_ in SUITES[suite].runs}) > 1:
-        fail(f"--script {script}: {suite} has runs of several scripts")
-    folder = run_dir / (script or suite)
+    jobs = select(suite, env_ids, seeds, first_seed, script.removesuffix(".py"), run_dir)
+    folder = jobs[0].run_dir.parent.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error}")
-    jobs = [
-        Job(script or name, env_id, flags, seed, folder)
-        for name, env_id, flags in SUITES[suite].runs
-        for seed in chosen
-        if env_id in env_ids or not env_ids
-    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fit = int(available_memory() / 1e9 / SUITES[suite].gigabytes)
     workers = workers or max(1, min(cores // threads, fit))
-    signals, screen, told = [], Screen(), set()
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    while True:
-        running = [job for job in jobs if job.process]
-        for job in running:
-            if job.signals < len(signals):
-                os.kill(job.process.pid, signal.SIGINT)
-                job.signals += 1
-            job.poll(workers)
-        for job in jobs:
-            free = workers > sum(other.process is not None for other in jobs)
-            if free and not signals and job.state in ("waiting", "elsewhere"):
-                job.start(threads)
-            if job.note:
-                screen.say(job.note)
-                job.note = ""
-            if job.state in ("finished", "failed") and job not in told:
-                told.add(job)
-                screen.say(f"{job.state}: {job.name} {job.error}")
-        if signals and "stopping" not in told:
-            told.add("stopping")
-            screen.say("stopping, once the runs have saved; once more to leave at once")
-        left = [job for job in jobs if job.state in ("waiting", "elsewhere")]
-        if not any(job.process for job in jobs) and (signals or not left):
-            break
-        screen.show(describe(folder.name, jobs))
-        time.sleep(0.5)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    screen.say("\n".join(describe(folder.name, jobs)))
+    screen = Screen()
+    signals = work(jobs, workers, threads, screen)
+    screen.say("\n".join(describe(jobs)))
     again = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     if signals:
         print(f"stopped; go on: {again}")
