@@ -390,10 +390,10 @@ def difference(a: list[float], b: list[float], level: float) -> tuple[float, flo
 
 def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
     """Say in one sentence how B compares with A, from environments by how it was judged there."""
-    if judged.keys() == {"the same"}:
-        return f"{b} repeats {a}, in the seeds of both."
-    if judged.keys() == {"not compared"}:
+    if not (compared := judged.keys() - {"not compared"}):
         return f"Nothing of {b} was compared with {a}."
+    if compared == {"the same"}:
+        return f"{b} repeats {a}, in the seeds of both."
     told = [
         f"{word} on {', '.join(env_ids)}"
         for word, env_ids in judged.items()

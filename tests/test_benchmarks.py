@@ -404,6 +404,20 @@ def test_curves_are_the_mean_over_seeds_against_steps_or_minutes(suite, monkeypa
     assert axis.get_xlabel() == "wall time in minutes"
 
 
+def test_each_seed_has_its_own_clock_and_the_mean_ends_with_the_fastest(monkeypatch):
+    pytest.importorskip("matplotlib")
+    found, figures = [make_result("Hopper-v5", seed, total=900_000) for seed in (1, 2)], []
+    for result, steps_per_second in zip(found, (5000, 2500)):
+        result.returns[:] = result.steps
+        result.seconds[:] = result.steps / steps_per_second
+    monkeypatch.setattr(plots, "_save", lambda figure, *_: figures.append(figure))
+    plots.draw_curves({"Hopper-v5": found}, Path(), unit=1)
+    fast, slow, mean = figures[0].axes[0].lines[:3]
+    assert [x.get_xdata()[-1] for x in (fast, slow, mean)] == pytest.approx([180, 360, 180])
+    # of ten episodes of 3,000 steps, the mean is 13,500 steps before the window's end
+    assert mean.get_ydata()[-1] == pytest.approx((886_500 + 436_500) / 2)
+
+
 def test_plot_does_without_rliable_and_without_published_values(suite, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "rliable", None)
@@ -467,6 +481,8 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     assert out.count("98.75% interval") == 4 and "e is worse in the end on Hopper-v5; " in out
     judged = {"better in the end": ["X"], "the same": ["Y"]}
     assert plots.verdict("a", "b", judged) == "b is better in the end on X, than a."
+    judged = {"not compared": ["X"], "the same": ["Y"]}
+    assert plots.verdict("a", "b", judged) == "b repeats a, in the seeds of both."
     with pytest.raises(SystemExit):
         plots.compare(suite / "HalfCheetah-v5", Path("b"))
     Path("file").touch()
@@ -654,6 +670,15 @@ def test_speed_is_measured_in_the_steady_state():
     assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
 
 
+def fail_at_8(clock):
+    def wrapped(setting, *rest):
+        if setting["num_envs"] == 8:
+            raise OSError
+        return clock(setting, *rest)
+
+    return wrapped
+
+
 def test_speed_gives_both_the_same_work_and_divides_ours_by_the_peers(monkeypatch):
     """With a script and a peer that only log, the script twice as fast."""
     ran = []
@@ -684,6 +709,17 @@ def test_speed_gives_both_the_same_work_and_divides_ours_by_the_peers(monkeypatc
     for name in ("env_id", "num_envs", "num_steps", "total_timesteps"):
         assert f"{runs.flag(name)} {theirs[name]} " in ours
     assert "--num-threads 3 " in ours and " --bf16 " in ours and "--checkpoint-every 0" in ours
+    ran.clear()
+    with pytest.raises(OSError):  # what was measured before is kept
+        with monkeypatch.context() as patch:
+            patch.setattr(speed, "clock_script", fail_at_8(speed.clock_script))
+            speed.speed(num_envs=(3, 8), repeats=1, output=Path("speed.json"))
+    assert json.loads(ran[1][1])["num_steps"] == 672  # 32 minibatches divide 3 * 672
+    (found,) = json.loads(Path("speed.json").read_text())["measurements"]
+    assert found["num_envs"] == 3
+    ran.clear()
+    speed.speed(peer="torchrl", repeats=1, output=Path("speed.json"))
+    assert json.loads(ran[1][1])["num_steps"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -802,6 +838,8 @@ def test_a_run_is_the_command_that_a_user_would_type(undisturbed, tmp_path, monk
         exported = tmp_path / "tiny" / "Pendulum-v1" / name
         assert exported.read_text() == (undisturbed / name).read_text()
     assert 50 < config["peak_memory_mb"] < 5000 and config["evaluation"]["step"] == 2048
+    results.export([undisturbed], name="of a folder")
+    assert len(list((tmp_path / "of a folder").rglob("*.csv"))) == 2
 
 
 def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undisturbed):

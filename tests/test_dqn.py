@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -762,7 +763,7 @@ def test_saving_and_evaluating_do_not_change_training():
     assert_same(*agents)
 
 
-def test_atari_trains_resumes_and_evaluates(tmp_path, capsys):
+def test_atari_trains_resumes_and_evaluates(tmp_path, monkeypatch):
     """Breakout, in processes of their own; the evaluation repeats itself."""
     options = SHORT | {"env_id": "ALE/Breakout-v5", "num_envs": 2, "checkpoint_replay": True}
     options |= {"total_timesteps": 240, "eval_episodes": 2, "run_dir": str(tmp_path / "r")}
@@ -777,6 +778,10 @@ def test_atari_trains_resumes_and_evaluates(tmp_path, capsys):
     assert run_script("dqn_atari.py", "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent = dqn.load_agent(tmp_path / "r")
     assert int(agent.act(np.zeros((4, 84, 84), np.uint8))) in range(4)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
+    for mode in ("--evaluate", "--resume"):
+        monkeypatch.setattr(sys, "argv", ["dqn_atari.py", mode, "r", "--eval-e", "0.5"])
+        assert runs.parse_args(dqn.Args, dqn.SCRIPT)[0].eval_e == 0.5
 
 
 def test_evaluation_acts_at_random_as_often_as_it_says(monkeypatch):
