@@ -7,7 +7,7 @@ import torch
 
 from common import fail
 
-FORMAT, VERSION = "single-file-rl checkpoint", 7
+FORMAT, VERSION = "single-file-rl checkpoint", 8
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

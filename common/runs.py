@@ -40,7 +40,7 @@ ANEW = {
     "resume": "total_timesteps checkpoint_every eval_every eval_episodes eval_e track",
     "evaluate": "eval_episodes eval_e render capture_video",
 }
-# what a number must be, by its name, which means the same in every script
+# what a number must be, by its name
 RANGES = {
     (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
     "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
@@ -274,12 +274,13 @@ class Run:
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
-        history = checkpoint or {"global_step": 0, "returns": [], "best_return": -math.inf}
+        history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
+        history |= checkpoint or {}
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
-        if self.step >= last_step:
+        if self.step > last_step or history["finished"] and self.step == last_step:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         self.device = device.type
@@ -338,6 +339,8 @@ class Run:
         if atari.find_game(args.env_id):
             rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
             print(f"{atari.PROTOCOL}; {rewards}; sticky actions {args.sticky_actions:g}")
+        elif getattr(args, "clip_reward", False):
+            print("--clip-reward: only the signs of rewards are learned from")
         if (begin := getattr(args, "learning_starts", 0)) >= last_step:
             print(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
         sys.stdout.flush()
@@ -350,16 +353,25 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self.step == self.last_step:
+        try:
+            if kind is None and self.step == self.last_step:
+                self._finish()
+        finally:
+            self.bar.close()
+            self.writer.close()
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        if kind is None and self.step == self.last_step:
             print(f"done: {self.dir}")
             self.parts["envs"].close()
         if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             print(f"ended by {error!r:.200}", file=sys.stderr)
             self._leave()
+
+    def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
+        self.save(self.step)
+        self.evaluate(self.parts["agent"], self.step)
+        self.save(self.step, finished=True)
 
     def _leave(self) -> NoReturn:
         resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
@@ -375,8 +387,8 @@ class Run:
         tqdm.write("stopping at the next boundary; once more to leave at once", file=sys.stderr)
 
     def due(self, every: int, step: int) -> bool:
-        """Tell if a multiple of `every` was passed since the last progress, or the run ends."""
-        return step == self.last_step or every > 0 and step // every > self.step // every
+        """Tell if a multiple of `every` was passed since the last progress, before the end."""
+        return step < self.last_step and every > 0 and step // every > self.step // every
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log scalars at an environment step; a name without a section belongs to losses/."""
@@ -422,10 +434,11 @@ class Run:
         if self.signal and self.saved == step < self.last_step:
             self._leave()
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, finished: bool = False) -> None:
         """Write a checkpoint, once TensorBoard's events up to it are on disk."""
         self.writer.flush()
         state = {"returns": list(self.returns), "best_return": self.best_return}
+        state["finished"] = finished
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         self._write("checkpoint.pt", {"global_step": step} | state)
         self.saved = step

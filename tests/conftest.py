@@ -1,9 +1,11 @@
 """What the tests share: running a script as a user does, and reading what it left."""
 
 import ast
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +86,7 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
 # imports once what takes seconds, then forks a process for every line of [script, words, cwd, path]
 FORK = """
 import json, os, runpy, sys
-import common.runs, common.tensors, gymnasium.envs.mujoco.mujoco_env
+import common.runs, common.tensors, gymnasium.envs.mujoco.mujoco_env, torch._inductor
 for line in sys.stdin:
     script, words, cwd, path = json.loads(line)
     if not (child := os.fork()):
@@ -98,6 +100,7 @@ for line in sys.stdin:
         except SystemExit as stop:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(stop.code)  # at once: to take all libraries down takes a second
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -113,10 +116,12 @@ def run(request):
     options = {"stdin": -1, "stdout": -1, "text": True, "env": os.environ | hidden_gpu(request)}
     with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, **options) as process:
 
-        def call(script: str, *args, cwd: Path, check: bool = True) -> SimpleNamespace:
+        def call(script: str, *args, cwd: Path, check=True, meanwhile=id) -> SimpleNamespace:
+            """With the process's number, `meanwhile` is called while it runs."""
             path = [str(ROOT), str(cwd / "hidden"), str(ROOT / "tests")]
             line = [str(ROOT / script), [str(arg) for arg in args], str(cwd), path]
             print(json.dumps(line), file=process.stdin, flush=True)
+            meanwhile(int(process.stdout.readline()))
             code = int(process.stdout.readline())
             out, err = (cwd.with_name(f"{cwd.name}.{n}").read_text() for n in (1, 2))
             assert not check or code == 0, out + err
@@ -126,24 +131,21 @@ def run(request):
         process.stdin.close()
 
 
-def kill_after_checkpoint(script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:
+def kill_after_checkpoint(run, script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:
     """Start a run and kill it at a random moment after its next checkpoint, unless it has ended."""
     stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-    process = subprocess.Popen(
-        command(ROOT / script, *words),
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-        stdout=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not (
-        checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp
-    ):
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.3))
-    alive = process.poll() is None
-    process.kill()
-    process.wait()
-    return alive
+
+    def kill(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp):
+                os.kill(pid, 0)  # raises once it has ended
+                time.sleep(0.005)
+            time.sleep(random.uniform(0, 0.3))
+            os.kill(pid, signal.SIGKILL)
+
+    done = run(script, *words, cwd=cwd, check=False, meanwhile=kill)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -190,12 +192,12 @@ def assert_same_runs(a, b, *also: str) -> None:
     assert_same(scalars(a), scalars(b))
 
 
-def assert_killed_ends_as_whole(script: str, options: dict, most: int, cwd: Path, run=run_script):
+def assert_killed_ends_as_whole(script: str, options: dict, most: int, cwd: Path, run):
     """Kill a run at up to `most` random moments, resume it, and compare with one never stopped."""
     run(script, *flags(**options | {"run_dir": "whole"}), cwd=cwd)
     words = flags(**options | {"run_dir": "killed"})
     checkpoint, kills = cwd / "killed" / "checkpoint.pt", 0
-    while kills < most and kill_after_checkpoint(script, words, checkpoint, cwd):
+    while kills < most and kill_after_checkpoint(run, script, words, checkpoint, cwd):
         kills, words = kills + 1, ["--resume", "killed"]
     assert kills > 0
     run(script, "--resume", "killed", cwd=cwd)

@@ -435,7 +435,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped_and_is_evaluated_alike(run,
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     words = [*words, "--run-dir", "killed"]
     for _ in range(2):
-        assert kill_after_checkpoint("ppo_discrete.py", words, checkpoint, cwd=tmp_path)
+        assert kill_after_checkpoint(run, "ppo_discrete.py", words, checkpoint, cwd=tmp_path)
         words = ["--resume", "killed"]
     assert 0 < load_checkpoint(checkpoint)["global_step"] < 640
     run("ppo_discrete.py", *words, cwd=tmp_path)

@@ -356,7 +356,7 @@ def test_due_is_a_pure_function_of_the_step():
     got = [due(100, step, step - 64) for step in range(64, 64 * 7, 64)]
     assert got == [False, True, False, True, True, False]
     assert not due(0, 10**8, 0)
-    assert due(0, 640, 576, last_step=640)  # the end of a run always is
+    assert not due(64, 640, 576, last_step=640)  # the end is a matter of its own
 
 
 def test_progress_is_that_since_the_run_went_on(monkeypatch, capsys):

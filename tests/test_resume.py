@@ -16,6 +16,7 @@ from conftest import (
     assert_same,
     assert_same_runs,
     command,
+    each_case,
     flags,
 )
 
@@ -223,6 +224,27 @@ def init(**options):
     words = ["--resume", "a/r", "--total-timesteps", 512]
     assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
     assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 256
+
+
+@each_case
+def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
+    script, options, monkeypatch, capsys
+):
+    options = options | {"total_timesteps": 128, "checkpoint_every": 0, "eval_episodes": 1}
+    args = script.Args(**options, compile=False, run_dir="whole")
+    script.train(args)
+    args = dataclasses.replace(args, run_dir="r")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(envs, "play", lambda *_: 1 / 0)
+        script.train(args)
+    died = load_checkpoint("r/checkpoint.pt")
+    assert died["global_step"] == 128 and not died["finished"]
+    assert "done: r" not in capsys.readouterr().out
+    script.train(dataclasses.replace(args, resume="r"), died)
+    assert_same_runs(Path("whole"), Path("r"), "best.pt")
+    with pytest.raises(SystemExit) as stop:
+        script.train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
+    assert stop.value.code == 0 and "r is finished" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
