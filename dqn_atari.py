@@ -2,7 +2,7 @@
 
 Learn from random batches of a replay what each action is worth, with targets from a copy updated
 now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, Nature 518.
-Flags: --double (van Hasselt 2016), --dueling (Wang 2016), --prioritized (Schaul 2016), --n-step.
+On arXiv: --double 1509.06461, --dueling (Wang) 1511.06581, --prioritized (Schaul) 1511.05952.
 
     python dqn_atari.py
     python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --double --dueling
@@ -150,11 +150,11 @@ class QNetwork(nn.Module):
             self.state_value = tensors.Network(linear, nn.ReLU(), nn.Linear(512, 1))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Values of all actions; with --dueling by equation 9, whose advantages have mean 0."""
+        """Values of all actions; with --dueling by Wang's equation 9: advantages of mean 0."""
         x = self.cnn(obs / 255)
         if self.state_value is None:
             return self.advantage(x)  # these are then the values themselves
-        x = x.detach().lerp(x, math.sqrt(0.5))  # same values, gradient / sqrt(2) (section 4.2)
+        x = x.detach().lerp(x, math.sqrt(0.5))  # same values, gradient / sqrt(2) (Wang, 4.2)
         advantage = self.advantage(x)
         return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
 
@@ -214,8 +214,8 @@ class SumTree:
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    A transition knows the numbers of five frames: four make its observation, the last four the next
-    one, whatever the episode did in between. Frame 0 is black and comes before a game's first.
+    Numbers count all frames ever kept, slots are where they lie. A transition has five: four for
+    its observation, the last four for the next, whatever the episode did. Frame 0 is black.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
@@ -299,7 +299,7 @@ class Replay:
         strata = torch.arange(*size, device=device)
         uniform = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
         indices, probabilities = self.tree.sample((strata + uniform) / len(strata))
-        weights = (count * probabilities) ** -beta  # section 3.4
+        weights = (count * probabilities) ** -beta  # Schaul, 3.4
         return indices, (weights / weights.max()).float()
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -322,7 +322,7 @@ class Replay:
         return obs, self.actions[row, env], reward, discount, next_obs
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
-        """Set priorities (|error| + 1e-6) ** alpha (equation 1, proportional)."""
+        """Set priorities (|error| + 1e-6) ** alpha (Schaul's equation 1, proportional)."""
         error = td_error.abs().double().nan_to_num(0, 0)  # require_finite reports it
         priorities = (error + 1e-6) ** self.args.priority_alpha
         self.max_priority = torch.maximum(self.max_priority, priorities.max())
@@ -410,8 +410,8 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
-    fits = args.n_step <= min(args.buffer_size // 2, args.learning_starts) // args.num_envs
-    runs.require(fits, args, "n_step", "fit into --buffer-size twice, and once before learning")
+    most = min(args.buffer_size // 2, args.learning_starts) // args.num_envs
+    runs.require(args.n_step <= most, args, "n_step", f"be at most {most} (see --buffer-size)")
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
@@ -448,6 +448,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 progress = global_step / (args.exploration_fraction * last_step + 1e-9)
                 epsilon = linear_schedule(args.start_e, args.end_e, progress)
                 explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
+                # where it explores, this drowns the values: the best action is then a uniform one
                 noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
                 action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
                 environments.send(env_action)  # where they can, they step while the network learns

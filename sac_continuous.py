@@ -185,7 +185,7 @@ class Replay:
         obs_size, size = math.prod(obs_shape), args.buffer_size // args.num_envs * args.num_envs
         self.columns = obs_size, action_size, 1, 1, obs_size
         self.rows = torch.zeros(size, sum(self.columns), device=device)
-        self.num_rows, self.batch_size = 0, (args.batch_size,)  # rows ever added
+        self.num_rows, self.batch_size = 0, args.batch_size  # num_rows: ever added
         self.shown = None  # observations [N, O] that the environments wait with
 
     def start(self, obs: np.ndarray) -> None:
@@ -207,7 +207,7 @@ class Replay:
     def sample(self, rng: torch.Generator) -> torch.Tensor:
         """Draw the indices of a batch, uniformly."""
         filled = min(self.num_rows, len(self.rows))
-        return torch.randint(filled, self.batch_size, generator=rng, device=self.rows.device)
+        return torch.randint(filled, (self.batch_size,), generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
         """Return, flat, obs, reward and next obs of the last `count` rows, and the obs now."""

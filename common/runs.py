@@ -52,6 +52,8 @@ RANGES = {
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
     "alpha",
 }
+EFFECTIVE_WITH = {"lr_schedule": "anneal_lr", "alpha": "no_autotune"}
+EFFECTIVE_WITH |= {"priority_alpha": "prioritized", "priority_beta": "prioritized"}
 # for --torch-deterministic; cuBLAS reads it once in a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MOST_THREADS = min(4, torch.get_num_threads())  # before a run sets them
@@ -85,13 +87,15 @@ def check_ranges(args) -> None:
         if getattr(args, name) and (name != "track" or args.evaluate is None):
             with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):
                 import_module(package)
-    if getattr(args, "lr_schedule", "linear") != "linear":
-        require(args.anneal_lr, args, "lr_schedule", "go with --anneal-lr")
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
             for x in value if isinstance(value, tuple) else [value] * (value is not None):
                 require(low <= x <= high and x < math.inf, args, name, f"be {need}")
+    for name, other in EFFECTIVE_WITH.items():
+        if getattr(args, name, None) != getattr(type(args), name, None):
+            on = getattr(args, other.removeprefix("no_")) != other.startswith("no_")
+            require(on, args, name, f"go with {flag(other)}")
 
 
 def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:

@@ -732,6 +732,7 @@ def test_nan_loss_stops_the_run(capsys):
         ({"learning_starts": 3, "num_envs": 4}, "--learning-starts 3: must be at least 4"),
         ({"alpha": -1.0}, "--alpha"),
         ({"alpha": 0.0, "autotune": False}, "--alpha"),
+        ({"alpha": 0.1}, "--alpha 0.1: must go with --no-autotune"),
         ({"hidden_sizes": (64, 0)}, "--hidden-sizes"),
     ],
     ids=str,
