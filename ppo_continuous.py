@@ -61,7 +61,7 @@ class Args:
     resume: str | None = None
     """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
-    """evaluate the last checkpoint of the run in this folder, and train nothing"""
+    """evaluate the run in this folder as it is now, or FOLDER/best.pt, and train nothing"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
     checkpoint_every: int = 50_000

@@ -323,8 +323,10 @@ def unlike(a: list[Result], b: list[Result]) -> str:
     """Say in what, but for seeds, the commands of two sides differ."""
     configs = [side[0].config for side in (a, b)]
     args = [config["args"] | {"script": config["script"]} for config in configs]
-    names = [name for name in args[0].keys() & args[1].keys() if name not in results.LIKE]
-    told = (f"{x} {args[0][x]} and {args[1][x]}" for x in sorted(names) if args[0][x] != args[1][x])
+    args = [x | {"minibatch": results.minibatch_size(x)} for x in args]
+    names = sorted((args[0].keys() | args[1].keys()) - results.LIKE)
+    pairs = [(name, *(side.get(name, "-") for side in args)) for name in names]
+    told = (f"{name} {one} and {other}" for name, one, other in pairs if one != other)
     return "; ".join(told) or "the same arguments"
 
 

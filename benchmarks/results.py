@@ -23,7 +23,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resum
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
-SUSPENDED = 600  # seconds without an event; what runs logs far more often
+SUSPENDED = 600  # seconds without an event; what runs logs more often, but for long evaluations
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called the same
@@ -133,11 +133,12 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     """Return the results below `path` by environment, ordered by seed.
 
     It may be a folder of results (SUITE, SUITE/ENV), where `run` put a suite, a single CSV file, a
-    run folder, or a folder of run folders. Runs of an environment are to be seeds of one thing.
+    run folder, or a folder of run folders, where unfinished ones count too. Runs of an environment
+    are to be seeds of one thing.
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     found = [read_csv(file) for file in files]
-    found = found or [read_run(run_dir) for run_dir in _run_folders(path)]
+    found += [read_run(x) for x in _run_folders(path) if x.with_name(f"{x.name}.csv") not in files]
     found.sort(key=lambda result: result.config["args"]["seed"])
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
@@ -145,7 +146,7 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
         scripts, args = {x.config["script"] for x in same}, [x.config["args"] for x in same]
         known: dict = {}
         flags = [(name, value) for x in args for name, value in x.items() if name not in LIKE]
-        flags += [("minibatch_size", _minibatch_size(x)) for x in args]
+        flags += [("minibatch_size", minibatch_size(x)) for x in args]
         unlike = {name for name, value in flags if known.setdefault(name, value) != value}
         unlike |= {"script"} if len(scripts) > 1 else set()
         if unlike:
@@ -156,7 +157,7 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     return by_env
 
 
-def _minibatch_size(args: dict) -> int | None:
+def minibatch_size(args: dict) -> int | None:
     """Return PPO's samples in a minibatch, by whichever argument they were given."""
     samples = args.get("num_envs", 1) * args.get("num_steps", 0)
     return args.get("minibatch_size") or samples // args.get("num_minibatches", 1)
@@ -201,6 +202,8 @@ def export(
     """
     if suite:
         run_dirs = [path.with_suffix("") for path in sorted((run_dir / suite).glob("*/*.csv"))]
+        if left := sorted(set(_run_folders(run_dir / suite)) - set(run_dirs)):
+            print(f"not finished, so left out: {', '.join(map(str, left))}")
     if not run_dirs:
         where = f"no finished run in {run_dir / suite}"
         fail(where if suite else "name run folders, or --suite NAME")

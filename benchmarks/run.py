@@ -225,25 +225,29 @@ def available_memory() -> int:
 
 
 def select(
-    suite: str, env_ids: tuple, seeds: int, first_seed: int, script: str, run_dir: Path
+    suite: str, env_ids: tuple, seeds: int, first_seed: int, script: str, flags: str, run_dir: Path
 ) -> list[Job]:
     """Return the runs that the arguments of `run` name, or end with one line."""
     if suite not in SUITES:
         fail(f"no suite {suite}; there are {', '.join(SUITES)}")
-    if unknown := set(env_ids) - {env_id for _, env_id, _ in SUITES[suite].runs}:
-        known = ", ".join(env_id for _, env_id, _ in SUITES[suite].runs)
-        fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
+    runs, several = SUITES[suite].runs, len({name for name, *_ in SUITES[suite].runs}) > 1
+    if unknown := dict.fromkeys(env_ids).keys() - {env_id for _, env_id, _ in runs}:
+        if several:
+            known = ", ".join(env_id for _, env_id, _ in runs)
+            fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")
+        runs = runs + [(runs[0][0], env_id, runs[0][2]) for env_id in sorted(unknown)]
     chosen = range(first_seed, first_seed + seeds if seeds else 1 + SUITES[suite].seeds)
     if not chosen:
         fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
     if script and not (SCRIPTS / f"{script}.py").exists():
         fail(f"--script {script}: there is no {SCRIPTS / script}.py")
-    if script and len({name for name, *_ in SUITES[suite].runs}) > 1:
-        fail(f"--script {script}: {suite} has runs of several scripts")
+    for option, value in (("script", script), ("flags", flags)):
+        if value and several:
+            fail(f"--{option} {value}: {suite} has runs of several scripts")
     folder = run_dir / (script or suite)
     return [
-        Job(script or name, env_id, flags, seed, folder)
-        for name, env_id, flags in SUITES[suite].runs
+        Job(script or name, env_id, f"{own} {flags}", seed, folder)
+        for name, env_id, own in runs
         for seed in chosen
         if env_id in env_ids or not env_ids
     ]
@@ -294,6 +298,7 @@ def run(
     workers: int = 0,
     threads: int = 1,
     script: str = "",
+    flags: str = "",
     run_dir: Path = Path("runs/benchmarks"),
 ) -> None:
     """Run a suite: the commands that a user would type, each in a process of its own.
@@ -304,12 +309,13 @@ def run(
 
     Args:
         suite: one of those in benchmarks/suites.py.
-        env_ids: only these environments of the suite.
+        env_ids: only these environments; also others, where the suite is of one script.
         seeds: how many of each; 0: up to the last that the suite has.
         first_seed: the first of them, as where another machine runs the ones before.
         workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
         threads: threads of each run.
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
+        flags: more flags of the script, in quotes; give them a --run-dir of their own.
         run_dir: folder of the suites' runs.
     """
     for name, value, least in (
@@ -320,7 +326,7 @@ def run(
     ):
         if value < least:
             fail(f"--{name} {value}: must be at least {least}")
-    jobs = select(suite, env_ids, seeds, first_seed, script.removesuffix(".py"), run_dir)
+    jobs = select(suite, env_ids, seeds, first_seed, script.removesuffix(".py"), flags, run_dir)
     folder = jobs[0].run_dir.parent.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

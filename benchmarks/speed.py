@@ -188,7 +188,7 @@ def clock_script(setting: dict, threads: int, flags: str) -> tuple[tuple[float, 
         _run([*words, "--run-dir", f"{folder}/run"])
         config = json.loads(Path(folder, "run", "config.json").read_text())
         events = EventAccumulator(f"{folder}/run").Reload().Scalars("charts/SPS")
-    times = [(event.step, event.wall_time) for event in events[:-1]]  # the last one evaluated first
+    times = [(event.step, event.wall_time) for event in events]
     return steady(times, start, setting), config
 
 

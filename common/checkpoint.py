@@ -44,10 +44,15 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
-    """Load a checkpoint of `script` from a run folder, or end with one line that says why not."""
-    path = Path(run_dir) / name
+    """Load a checkpoint of `script` from a run folder, or end with one line that says why not.
+
+    The folder's name may end in a checkpoint's, as r/best.pt, which then counts.
+    """
+    path = Path(run_dir)
+    if path.suffix != ".pt":
+        path = path / name
     if not path.is_file():
-        fail(f"{run_dir} is not a run folder: it has no {name}")
+        fail(f"{path.parent} is not a run folder, or of a younger run: it has no {path.name}")
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
         fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")

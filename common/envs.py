@@ -189,7 +189,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     stacked = isinstance(env, gym.wrappers.FrameStackObservation)
     env.close()
     if args.capture_video or args.render:
-        about = f"{args.env_id} cannot be drawn here (apt install libosmesa6?)"
+        about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
         with failing(about, Exception):  # now, not after the training; each renderer has its own
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)

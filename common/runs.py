@@ -36,10 +36,10 @@ from common.checkpoint import load_run, save_checkpoint
 
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 # what may be given anew; everything else comes from the run
-ANEW = {
-    "resume": "total_timesteps checkpoint_every eval_every eval_episodes eval_e track",
-    "evaluate": "eval_episodes eval_e render capture_video",
-}
+ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
+ANEW["resume"] = (
+    "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
+)
 # what a number must be, by its name
 RANGES = {
     (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
@@ -120,6 +120,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     if {"render", "capture_video"} <= given:
         fail("--render and --capture-video exclude each other")
+    if mode == "resume" and run_dir.endswith(".pt"):
+        fail(f"--resume {run_dir}: takes the run's folder")
     checkpoint = load_run(run_dir, script)
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
         print("trained on CUDA, evaluated on the CPU: it rounds differently")
@@ -138,9 +140,10 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
 def setup_torch(args, faster: str) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda for large networks. They, and layers of 256 units, multiply in
-    "medium" precision where its error is below 1e-4, which rules out TF32 and bfloat16. (Not in the
-    convolutions of cuDNN, which take TF32 where they can, as is PyTorch's default.)
+    `faster` is what auto takes: cuda for large networks. For them, and for layers of 256 units,
+    "medium" precision lets the CPU multiply with oneDNN, on some twice as fast as MKL; it is not
+    kept where the error shows that products are in TF32 or bfloat16. (Convolutions of cuDNN take
+    TF32 where they can, as is PyTorch's default.)
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         advice = "use --device cpu" if args.resume is None else "the run was begun on one"
@@ -226,7 +229,8 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
         agent = load_agent(args.evaluate, device=device)
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
-    print(describe(*envs.play(agent.act, args, Path(args.evaluate))))
+    where = Path(args.evaluate)
+    print(describe(*envs.play(agent.act, args, where.parent if where.suffix == ".pt" else where)))
 
 
 def processor() -> str:

@@ -388,7 +388,7 @@ class Between(nn.Sequential):
     ],
 )
 @torch.no_grad()
-def test_an_edited_network_acts_and_trains_alike(make_network, traced, kind):
+def test_an_edited_network_acts_and_trains_alike(make_network, traced, kind, capsys):
     """Acting is derived from the module: it follows edits and gradient steps."""
     ppo = ppo_discrete if kind == "categorical" else ppo_continuous
     options = {"squash": kind == "squashed"} if ppo is ppo_continuous else {}
@@ -401,6 +401,7 @@ def test_an_edited_network_acts_and_trains_alike(make_network, traced, kind):
     obs, noise = torch.randn(500, 4), 0.1 * torch.randn(500, 3)
     act = to_numpy(agent.sample, torch.zeros_like(obs), torch.zeros_like(noise))
     assert (act.__name__ == "traced") == traced
+    assert ("acting in PyTorch, not in NumPy" in capsys.readouterr().out) == (not traced)
     update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), agent.args)
     before = act(obs, noise)[0]
 

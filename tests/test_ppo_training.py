@@ -430,5 +430,7 @@ def test_every_evaluation_is_filmed(run, tmp_path):
     pytest.importorskip("pygame")
     options = SHORT | {"total_timesteps": 256, "eval_every": 128, "capture_video": True}
     run("ppo_continuous.py", *flags(env_id="Pendulum-v1", **options), cwd=tmp_path)
-    run("ppo_continuous.py", "--evaluate", "r", "--capture-video", cwd=tmp_path)
+    run("ppo_continuous.py", "--evaluate", "r/best.pt", "--capture-video", cwd=tmp_path)
+    words = "--resume r --total-timesteps 384 --no-capture-video"
+    run("ppo_continuous.py", *words.split(), cwd=tmp_path)
     assert sum(path.stat().st_size > 1000 for path in (tmp_path / "r/videos").glob("*.mp4")) == 3

@@ -245,6 +245,11 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     with pytest.raises(SystemExit) as stop:
         script.train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
     assert stop.value.code == 0 and "r is finished" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", "r/best.pt"])
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        runs.parse_args(script.Args, script.SCRIPT)
+    assert "--resume r/best.pt: takes the run's folder" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
