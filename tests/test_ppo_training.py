@@ -428,7 +428,12 @@ def test_every_evaluation_is_filmed(run, tmp_path):
     """The first episode of each, under a name of its own; classic control renders without a display."""
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
-    options = SHORT | {"total_timesteps": 256, "eval_every": 128, "capture_video": True}
+    options = SHORT | {
+        "total_timesteps": 256,
+        "eval_every": 128,
+        "capture_video": True,
+        "anneal_lr": False,
+    }
     run("ppo_continuous.py", *flags(env_id="Pendulum-v1", **options), cwd=tmp_path)
     run("ppo_continuous.py", "--evaluate", "r/best.pt", "--capture-video", cwd=tmp_path)
     words = "--resume r --total-timesteps 384 --no-capture-video"
