@@ -231,7 +231,7 @@ def select(
     if suite not in SUITES:
         fail(f"no suite {suite}; there are {', '.join(SUITES)}")
     runs, several = SUITES[suite].runs, len({name for name, *_ in SUITES[suite].runs}) > 1
-    if unknown := dict.fromkeys(env_ids).keys() - {env_id for _, env_id, _ in runs}:
+    if unknown := set(env_ids) - {env_id for _, env_id, _ in runs}:
         if several:
             known = ", ".join(env_id for _, env_id, _ in runs)
             fail(f"--env-ids {' '.join(sorted(unknown))}: not in {suite}, which has {known}")

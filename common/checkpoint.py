@@ -52,7 +52,7 @@ def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> d
     if path.suffix != ".pt":
         path = path / name
     if not path.is_file():
-        fail(f"{path.parent} is not a run folder, or of a younger run: it has no {path.name}")
+        fail(f"{path.parent} is not a run folder, or not evaluated yet: it has no {path.name}")
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
         fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")

@@ -116,12 +116,14 @@ def run(request):
     options = {"stdin": -1, "stdout": -1, "text": True, "env": os.environ | hidden_gpu(request)}
     with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, **options) as process:
 
-        def call(script: str, *args, cwd: Path, check=True, meanwhile=id) -> SimpleNamespace:
-            """With the process's number, `meanwhile` is called while it runs."""
+        def call(script: str, *args, cwd: Path, check=True, meanwhile=None) -> SimpleNamespace:
+            """`meanwhile`, if given, is called with the process's number while it runs."""
             path = [str(ROOT), str(cwd / "hidden"), str(ROOT / "tests")]
             line = [str(ROOT / script), [str(arg) for arg in args], str(cwd), path]
             print(json.dumps(line), file=process.stdin, flush=True)
-            meanwhile(int(process.stdout.readline()))
+            pid = int(process.stdout.readline())
+            if meanwhile:
+                meanwhile(pid)
             code = int(process.stdout.readline())
             out, err = (cwd.with_name(f"{cwd.name}.{n}").read_text() for n in (1, 2))
             assert not check or code == 0, out + err
