@@ -331,7 +331,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts |= {"replay": replay} if args.checkpoint_replay else {}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
-        if global_step > 0 and not args.checkpoint_replay:
+        if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
             print(f"replay not saved: learning begins at step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():

@@ -145,13 +145,17 @@ def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = ""
     """Draw the curves of an environment's seeds, their mean and its interval.
 
     They are drawn against environment steps, or against wall time in a unit of so many seconds,
-    where the mean ends with the fastest seed.
+    where the mean ends with the fastest seed. Seeds that are not finished are not in the mean,
+    unless none is.
     """
     from matplotlib.ticker import EngFormatter
 
     if not (found := [result for result in found if result.steps.size]):
         return
-    total, fewest = max(r.total for r in found), min(r.steps.size for r in found)
+    whole = ["evaluation" in result.config for result in found]
+    whole = np.array(whole) if any(whole) else np.ones(len(found), bool)
+    total = max(result.total for result in found)
+    fewest = min(result.steps.size for result, inside in zip(found, whole) if inside)
     curves = [curve(result, total, windows=min(50, max(5, fewest // 10))) for result in found]
     x, returns = curves[0][0], np.stack([returns for _, returns in curves])
     if not unit:
@@ -161,12 +165,15 @@ def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = ""
     else:
         axis.set_xlabel(f"wall time in {UNITS[unit]}")
         own = [seconds_at(x, result) / unit for result in found]
-        x = np.linspace(0, min(times[-1] for times in own), len(x) + 1)[1:]
+        x = np.linspace(0, min(own[i][-1] for i in np.flatnonzero(whole)), len(x) + 1)[1:]
     for times, seed in zip(own, returns, strict=True):
         axis.plot(times, seed, color=color, alpha=0.5, linewidth=0.5)
-    returns = np.stack([np.interp(x, *seed) for seed in zip(own, returns)])
+    returns = np.stack([np.interp(x, *seed) for seed in zip(own, returns)])[whole]
     low, high = np.transpose([results.interval(column) for column in returns.T])
-    label = f"mean of {len(found)} seeds, 95% bootstrap interval" if len(found) > 1 else "1 seed"
+    label = (
+        f"mean of {len(returns)} seeds, 95% bootstrap interval" if len(returns) > 1 else "1 seed"
+    )
+    label += f" ({len(found) - len(returns)} not finished)" * (not whole.all())
     axis.plot(x, returns.mean(axis=0), color=color, label=prefix + label)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -395,7 +402,7 @@ def verdict(a: Path, b: Path, judged: dict[str, list[str]]) -> str:
     if not (compared := judged.keys() - {"not compared"}):
         return f"Nothing of {b} was compared with {a}."
     if compared == {"the same"}:
-        return f"{b} repeats {a}, in the seeds of both."
+        return f"{b} repeats {a}, in what was compared."
     told = [
         f"{word} on {', '.join(env_ids)}"
         for word, env_ids in judged.items()

@@ -76,7 +76,8 @@ def read_run(run_dir: Path) -> Result:
     boundary = total - args["num_envs"] * args.get("num_steps", 1)
     if evaluations and evaluations[-1].step > boundary:
         config["evaluation"] = {"step": evaluations[-1].step, "return": evaluations[-1].value}
-        config["evaluations"] = [[event.step, event.value] for event in evaluations]
+        known = {event.step: event.value for event in evaluations}  # a kill may repeat the last
+        config["evaluations"] = [list(pair) for pair in known.items()]
         config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
     args.pop("run_dir", None)
@@ -138,7 +139,7 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     found = [read_csv(file) for file in files]
-    found += [read_run(x) for x in _run_folders(path) if x.with_name(f"{x.name}.csv") not in files]
+    found += [read_run(x) for x in _run_folders(path) if x.parent / f"{x.name}.csv" not in files]
     found.sort(key=lambda result: result.config["args"]["seed"])
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}

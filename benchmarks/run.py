@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from benchmarks import results
 from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
-from common import fail
+from common import fail, failing
 from common.runs import commit
 
 SCRIPTS = Path(__file__).parent.parent
@@ -241,6 +241,8 @@ def select(
         fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
     if script and not (SCRIPTS / f"{script}.py").exists():
         fail(f"--script {script}: there is no {SCRIPTS / script}.py")
+    with failing(f"--flags {flags}", ValueError):
+        shlex.split(flags)
     for option, value in (("script", script), ("flags", flags)):
         if value and several:
             fail(f"--{option} {value}: {suite} has runs of several scripts")
@@ -315,7 +317,7 @@ def run(
         workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
         threads: threads of each run.
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
-        flags: more flags of the script, in quotes; give them a --run-dir of their own.
+        flags: more flags of the script, as --flags="--gamma 0.9"; take a --run-dir of their own.
         run_dir: folder of the suites' runs.
     """
     for name, value, least in (

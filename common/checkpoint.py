@@ -46,13 +46,14 @@ def load_checkpoint(path: Path) -> dict:
 def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
     """Load a checkpoint of `script` from a run folder, or end with one line that says why not.
 
-    The folder's name may end in a checkpoint's, as r/best.pt, which then counts.
+    It may also be named itself, as r/best.pt.
     """
     path = Path(run_dir)
-    if path.suffix != ".pt":
+    if not path.is_file():
         path = path / name
     if not path.is_file():
-        fail(f"{path.parent} is not a run folder, or not evaluated yet: it has no {path.name}")
+        young = ", or not evaluated yet" * (name != "checkpoint.pt")
+        fail(f"{run_dir} is not a run folder{young}: it has no {name}")
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
         fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")

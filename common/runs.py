@@ -93,8 +93,9 @@ def check_ranges(args) -> None:
             for x in value if isinstance(value, tuple) else [value] * (value is not None):
                 require(low <= x <= high and x < math.inf, args, name, f"be {need}")
     for name, other in EFFECTIVE_WITH.items():
-        if getattr(args, name, None) != getattr(type(args), name, None):
-            on = getattr(args, other.removeprefix("no_")) != other.startswith("no_")
+        if new and getattr(args, name, None) != getattr(type(args), name, None):
+            switch = other.removeprefix("no_")
+            on = getattr(args, switch, switch == other) == (switch == other)
             require(on, args, name, f"go with {flag(other)}")
 
 
@@ -120,7 +121,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
     if {"render", "capture_video"} <= given:
         fail("--render and --capture-video exclude each other")
-    if mode == "resume" and run_dir.endswith(".pt"):
+    if mode == "resume" and Path(run_dir).is_file():
         fail(f"--resume {run_dir}: takes the run's folder")
     checkpoint = load_run(run_dir, script)
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
@@ -230,7 +231,7 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
-    print(describe(*envs.play(agent.act, args, where.parent if where.suffix == ".pt" else where)))
+    print(describe(*envs.play(agent.act, args, where.parent if where.is_file() else where)))
 
 
 def processor() -> str:
@@ -360,16 +361,20 @@ class Run:
         self.start = self.printed = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+    def __exit__(self, _kind: type | None, error: BaseException | None, _) -> None:
         try:
-            if kind is None and self.step == self.last_step:
+            if error is None and self.step == self.last_step:
                 self._finish()
+        except Exception as raised:
+            error = raised
+            if not self.signal:
+                raise
         finally:
             self.bar.close()
             self.writer.close()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-        if kind is None and self.step == self.last_step:
+        if error is None and self.step == self.last_step:
             print(f"done: {self.dir}")
             self.parts["envs"].close()
         if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
@@ -377,7 +382,10 @@ class Run:
             self._leave()
 
     def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
-        self.save(self.step)
+        if self.saved < self.step:
+            self.save(self.step)
+        if self.signal:
+            self._leave()
         self.evaluate(self.parts["agent"], self.step)
         self.save(self.step, finished=True)
 

@@ -421,6 +421,22 @@ def test_each_seed_has_its_own_clock_and_the_mean_ends_with_the_fastest(monkeypa
     assert mean.get_ydata()[-1] == pytest.approx((886_500 + 436_500) / 2)
 
 
+def test_a_seed_that_is_not_finished_is_drawn_but_not_in_the_mean(monkeypatch):
+    pytest.importorskip("matplotlib")
+    found, figures = [make_result(seed=seed) for seed in (1, 2, 3)], []
+    young = results.Result(found[2].config, *(column[:3] for column in found[2][1:]))
+    del young.config["evaluation"]
+    monkeypatch.setattr(plots, "_save", lambda figure, *_: figures.append(figure))
+    for unit in (0, 60):
+        plots.draw_curves({"Hopper-v5": [*found[:2], young]}, Path(), unit=unit)
+        plots.draw_curves({"Hopper-v5": found[:2]}, Path(), unit=unit)
+        lines = (figure.axes[0].lines for figure in figures[-2:])
+        (*seeds, mean, _published), (*others, expected, _published) = lines
+        assert len(seeds) - len(others) == 1
+        np.testing.assert_array_equal(mean.get_xydata(), expected.get_xydata())
+        assert mean.get_label().endswith("interval (1 not finished)")
+
+
 def test_plot_does_without_rliable_and_without_published_values(suite, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "rliable", None)
@@ -485,7 +501,7 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     judged = {"better in the end": ["X"], "the same": ["Y"]}
     assert plots.verdict("a", "b", judged) == "b is better in the end on X, than a."
     judged = {"not compared": ["X"], "the same": ["Y"]}
-    assert plots.verdict("a", "b", judged) == "b repeats a, in the seeds of both."
+    assert plots.verdict("a", "b", judged) == "b repeats a, in what was compared."
     with pytest.raises(SystemExit):
         plots.compare(suite / "HalfCheetah-v5", Path("b"))
     Path("file").touch()
@@ -622,6 +638,8 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("run smoke --first-seed -1", "--first-seed -1: must be at least 0"),
         ("run smoke --threads 0", "--threads 0: must be at least 1"),
         ("run smoke --env-ids Hoper-v5", "not in smoke, which has Pendulum-v1, CartPole-v1"),
+        ("run smoke --flags=--no-compile", "--flags --no-compile: smoke has runs of several"),
+        ("run ppo_discrete --flags='", "--flags ': No closing quotation"),
         ("run somke", "there are ppo_continuous"),
         ("run smoke --run-dir file/runs", "--run-dir file/runs: "),
         ("run smoke --script mine", "there is no "),

@@ -252,6 +252,33 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     assert "--resume r/best.pt: takes the run's folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("during", [True, False])
+def test_ctrl_c_at_the_end_says_how_to_go_on(monkeypatch, capsys, during):
+    """In the evaluation, where it may end a simulator too, or in the last rollout."""
+
+    to_come = [] if during else [signal.SIGINT]
+
+    def play(*_):
+        if during:
+            signal.raise_signal(signal.SIGINT)
+        raise BrokenPipeError
+
+    def step(self, action, step=envs.Environments.step):
+        if to_come:
+            signal.raise_signal(to_come.pop())
+        return step(self, action)
+
+    monkeypatch.setattr(envs, "play", play)
+    monkeypatch.setattr(envs.Environments, "step", step)
+    with pytest.raises(SystemExit) as stop:
+        train(Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT))
+    assert stop.value.code == 130
+    assert "stopped at step 64; go on: python ppo_continuous.py --resume r" in (
+        capsys.readouterr().out
+    )
+    assert not load_checkpoint("r/checkpoint.pt")["finished"]
+
+
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
     """New episodes begin, so that no sum of discounted rewards goes on across the gap either."""
     options = SHORT | {"num_envs": 16, "anneal_lr": False, "run_dir": "r"}
