@@ -52,6 +52,7 @@ RANGES = {
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
     "alpha",
 }
+# flags that have no effect without another
 EFFECTIVE_WITH = {"lr_schedule": "anneal_lr", "alpha": "no_autotune"}
 EFFECTIVE_WITH |= {"priority_alpha": "prioritized", "priority_beta": "prioritized"}
 # for --torch-deterministic; cuBLAS reads it once in a process
