@@ -214,8 +214,8 @@ class SumTree:
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    Numbers count all frames ever kept, slots are where they lie. A transition has five: four for
-    its observation, the last four for the next, whatever the episode did. Frame 0, black, precedes a game.
+    Numbers count all frames kept, slots are where they lie. A transition has five: four for its
+    observation, the last four for the next, whatever an episode did. Frame 0 is black: no past.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
