@@ -1,6 +1,7 @@
 """Pictures of results: learning curves, aggregates over environments, two results compared."""
 
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def plot(
         redraw: also draw pictures that show these results already.
     """
     folders = [_find(name, run_dir) for name in suites]
-    folders = folders or [x / suite for suite in SUITES for x in (results.FOLDER, run_dir)]
+    folders = folders or [results.FOLDER / suite for suite in SUITES] + sorted(run_dir.glob("*/"))
     known = {folder: results.read_folder(folder) for folder in folders if folder.is_dir()}
     if not any(known.values()):
         fail("no results: python -m benchmarks run SUITE")
@@ -116,7 +117,8 @@ def digest(by_env: dict[str, list[Result]]) -> str:
         known = results.published(found[0].config)
         drawn.update(f"{env_id} {known} {random.get(env_id)}".encode())
         for result in found:
-            drawn.update(np.stack(result[1:]).tobytes())
+            unfinished = b"unfinished" * ("evaluation" not in result.config)
+            drawn.update(np.stack(result[1:]).tobytes() + unfinished)
     return drawn.hexdigest()[:16]
 
 
@@ -222,7 +224,8 @@ def normalised(by_env: dict[str, list[Result]]) -> tuple[dict[str, list[float]],
         if unfinished := sum("evaluation" not in result.config for result in found):
             missing.append(f"{env_id}: {unfinished} of {len(found)} runs are not finished")
         elif known is None:
-            missing.append(f"{env_id}: nothing is published for these steps")
+            script = found[0].config["script"]
+            missing.append(f"{env_id}: nothing is published for {script} and these steps")
         elif env_id not in random:
             missing.append(f"{env_id}: python -m benchmarks random --env-ids {env_id}")
         elif abs(known.mean - random[env_id]) < 1e-6:
@@ -327,14 +330,30 @@ def compare(
 
 
 def unlike(a: list[Result], b: list[Result]) -> str:
-    """Say in what, but for seeds, the commands of two sides differ."""
+    """Say in which arguments, but for seeds, two sides differ, and in what they were made with.
+
+    An argument that is newer than one side, and off on the other, is no difference.
+    """
     configs = [side[0].config for side in (a, b)]
     args = [config["args"] | {"script": config["script"]} for config in configs]
     args = [x | {"minibatch": results.minibatch_size(x)} for x in args]
     names = sorted((args[0].keys() | args[1].keys()) - results.LIKE)
-    pairs = [(name, *(side.get(name, "-") for side in args)) for name in names]
-    told = (f"{name} {one} and {other}" for name, one, other in pairs if one != other)
-    return "; ".join(told) or "the same arguments"
+    pairs = [(name, *(str(side.get(name, "-")) for side in args)) for name in names]
+    newer = {"-", "False"}, {"-", "None"}
+    told = [f"{x} {y} and {z}" for x, y, z in pairs if y != z and {y, z} not in newer]
+    one, other = made_with(a), made_with(b)
+    made = [f"{x} {one[x]} and {other.get(x)}" for x in one if one[x] != other.get(x)]
+    return ("; ".join(told) or "the same arguments") + f" ({', '.join(made)})" * bool(made)
+
+
+def made_with(side: list[Result]) -> dict[str, str]:
+    """Return the commits and versions behind some results."""
+    found: dict[str, set[str]] = {}
+    for config in (result.config for result in side):
+        commit = re.sub(r"^(\w{7})\w*", r"\1", str(config.get("commit")))
+        for name, value in ({"commit": commit} | config.get("versions", {})).items():
+            found.setdefault(name, set()).add(value)
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
 
 
 def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[str, str]]:

@@ -61,7 +61,10 @@ class Published(NamedTuple):
 
 
 def read_run(run_dir: Path) -> Result:
-    """Read a run folder; if the run is finished, `config` also has its evaluation and wall time."""
+    """Read a run folder; `config` also has what `run` noted of its memory, beside the folder.
+
+    If the run is finished, it has its evaluation and wall time.
+    """
     config = read_config(run_dir / "config.json")
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     args, known = config["args"], reader.Tags()["scalars"]
@@ -80,6 +83,8 @@ def read_run(run_dir: Path) -> Result:
         config["evaluations"] = [list(pair) for pair in known.items()]
         config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
+    usage = run_dir.with_name(f"{run_dir.name}.usage.json")
+    config |= json.loads(usage.read_text()) if usage.exists() else {}
     args.pop("run_dir", None)
     columns = [x.step for x in returns], seconds, [x.value for x in returns]
     columns += ([x.value for x in lengths],)
@@ -124,10 +129,17 @@ def read_csv(path: Path) -> Result:
     return Result(read_config(path.with_suffix(".json")), *columns)
 
 
-def _run_folders(path: Path) -> list[Path]:
-    """Return the run folders below `path`, or it itself, but for those that were set aside."""
-    found = [file.parent for file in sorted(path.rglob("config.json"))]
-    return [run_dir for run_dir in found if run_dir.suffix != UNUSABLE]
+def _find(path: Path) -> dict[Path, Result]:
+    """Return the results below `path`, or `path` itself, by their CSV files or run folders.
+
+    A run with a CSV file beside its folder is read from that; what was set aside does not count.
+    """
+    files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
+    found = {file: read_csv(file) for file in files}
+    for run_dir in (file.parent for file in sorted(path.rglob("config.json"))):
+        if run_dir.suffix != UNUSABLE and run_dir.with_name(f"{run_dir.name}.csv") not in found:
+            found[run_dir] = read_run(run_dir)
+    return found
 
 
 def read_folder(path: Path) -> dict[str, list[Result]]:
@@ -137,10 +149,7 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     run folder, or a folder of run folders, where unfinished ones count too. Runs of an environment
     are to be seeds of one thing.
     """
-    files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
-    found = [read_csv(file) for file in files]
-    found += [read_run(x) for x in _run_folders(path) if x.parent / f"{x.name}.csv" not in files]
-    found.sort(key=lambda result: result.config["args"]["seed"])
+    found = sorted(_find(path).values(), key=lambda result: result.config["args"]["seed"])
     env_ids = sorted({result.config["args"]["env_id"] for result in found})
     by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
     for env_id, same in by_env.items():
@@ -164,27 +173,20 @@ def minibatch_size(args: dict) -> int | None:
     return args.get("minibatch_size") or samples // args.get("num_minibatches", 1)
 
 
-def write(run_dir: Path, path: Path) -> dict:
-    """Write a finished run to a CSV file, and what made it to a JSON file beside it; return that.
+def write(result: Result, path: Path) -> None:
+    """Write a finished run to a CSV file, and what made it to a JSON file beside it.
 
     The CSV has a row for every training episode: step at its end, seconds of work until then,
-    return and length. The JSON is the run's config.json, with its evaluation, its wall time, and
-    what `run` noted of its memory.
+    return and length.
     """
-    result = read_run(run_dir)
-    if "evaluation" not in result.config:
-        fail(f"{run_dir} is not finished; --resume {run_dir} continues it")
-    usage = run_dir.with_name(f"{run_dir.name}.usage.json")
-    config = result.config | (json.loads(usage.read_text()) if usage.exists() else {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(result.config, indent=2) + "\n")
     with (whole := path.with_suffix(f".{os.getpid()}.writing")).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for step, seconds, value, length in zip(*result[1:], strict=True):
             writer.writerow((int(step), f"{seconds:.1f}", f"{value:.6g}", int(length)))
     whole.replace(path)
-    return config
 
 
 def export(
@@ -201,28 +203,34 @@ def export(
         name: folder under results/; by default the suite, or the run's --exp-name.
         run_dir: folder of the suites' runs.
     """
-    if suite:
-        run_dirs = [path.with_suffix("") for path in sorted((run_dir / suite).glob("*/*.csv"))]
-        if left := sorted(set(_run_folders(run_dir / suite)) - set(run_dirs)):
-            print(f"not finished, so left out: {', '.join(map(str, left))}")
+    run_dirs = (run_dir / suite,) if suite else run_dirs
     if not run_dirs:
-        where = f"no finished run in {run_dir / suite}"
-        fail(where if suite else "name run folders, or --suite NAME")
-    if none := [str(path) for path in run_dirs if not _run_folders(path)]:
+        fail("name run folders, or --suite NAME")
+    by_folder = {folder: _find(folder) for folder in run_dirs}
+    if none := [str(folder) for folder, found in by_folder.items() if not found]:
         fail(f"{', '.join(none)}: neither a run folder nor a folder of them: no config.json")
+    found = {path: result for some in by_folder.values() for path, result in some.items()}
+    left = [path for path, result in found.items() if "evaluation" not in result.config]
+    if named := [path for path in left if path in run_dirs]:
+        fail(f"{named[0]} is not finished; --resume {named[0]} continues it")
+    if left:
+        print(f"not finished, so left out: {', '.join(map(str, left))}")
+    if len(left) == len(found):
+        fail(f"no finished run in {', '.join(map(str, run_dirs))}")
     files = {}
-    for path in (found for folder in run_dirs for found in _run_folders(folder)):
-        config = read_config(path / "config.json")
+    for path in (path for path in found if path not in left):
+        config = found[path].config
         args, made_by = config["args"], command(config, FREE)
         folder = FOLDER / (name or suite or args["exp_name"]) / args["env_id"].replace("/", "-")
         file = folder / f"{args['seed']}.csv"
-        if file in files.values():
+        if file in files:
             fail(f"{path} would be {file}, as another run: export them under two names")
-        files[path] = file
+        files[file] = found[path]
         if file.exists() and (other := command(read_csv(file).config, FREE)) != made_by:
             fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
-    for path, file in files.items():
-        changed = str(write(path, file)["commit"]).endswith("-dirty")
+    for file, result in files.items():
+        write(result, file)
+        changed = str(result.config["commit"]).endswith("-dirty")
         print(file, "(of a checkout with changes)" * changed)
 
 
@@ -321,9 +329,11 @@ def commands(suite: str) -> list[str]:
     """Return for each row of the table the command that makes all its runs."""
     lines, known = [], {env_id for _, env_id, _ in SUITES[suite].runs} if suite in SUITES else ()
     for env_id, found in read_folder(FOLDER / suite).items():
-        if env_id in known:
-            first, words = found[0].config["args"]["seed"], f"--seeds {len(found)}"
-            words += f" --first-seed {first}" * (first != 1)
+        seeds = [result.config["args"]["seed"] for result in found]
+        threads = {result.config.get("num_threads", 1) for result in found}
+        if env_id in known and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+            words = f"--seeds {len(seeds)}" + f" --first-seed {seeds[0]}" * (seeds[0] != 1)
+            words += f" --threads {max(threads)}" * (len(threads) == 1 and threads != {1})
             lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {words}")
         else:
             lines += [result.config["command"] for result in found]

@@ -1,6 +1,9 @@
 """Runs of a suite: each a process, several at a time, gone on with by calling the command again."""
 
+import contextlib
 import fcntl
+import io
+import itertools
 import json
 import os
 import re
@@ -19,13 +22,12 @@ from benchmarks import results
 from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
 from common import fail, failing
-from common.runs import commit
+from common.runs import code
 
 SCRIPTS = Path(__file__).parent.parent
 PROGRESS = re.compile(
     r"([\d,]+) of ([\d,]+) steps \(.*?\) \| ([\d,]+) steps/s \| (\S+) left \|(?: return (\S+))?"
 )
-FINISHED = re.compile(r"^done: |^\S.* is finished; to see it", re.MULTILINE)
 NOT_RUN = {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
 # what --resume says of a run folder that cannot be gone on with, by whatever version
 LOST = re.compile(r"it has no checkpoint\.pt|checkpoint\.pt is empty, damaged or not a checkpoint")
@@ -61,7 +63,6 @@ class Job:
         self.name = f"{self.run_dir.parent.name}/{seed}"
         self.state, self.error, self.note = "waiting", "", ""
         self.process, self.resumed, self.signals = None, False, 0
-        self.old = None  # commit of a run that was finished before
 
     def path(self, suffix: str) -> Path:
         """Return a path beside the run folder, as SEED.log."""
@@ -75,6 +76,34 @@ class Job:
             file.seek(max(0, self.path(".log").stat().st_size - 10_000))
             return file.read().decode(errors="replace")
 
+    def command(self) -> list[str]:
+        """Return the script and its arguments, but for threads and folder."""
+        script = os.path.relpath(SCRIPTS / f"{self.script}.py")
+        return [script, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags]
+
+    def made_by(self) -> dict | None:
+        """Return what made the run folder, or the results that are left of it."""
+        for path in (self.run_dir / "config.json", self.path(".json")):
+            try:
+                config = json.loads(path.read_text())
+                return config | {"command": results.command(config, results.FREE)}
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+        return None
+
+    def foreign(self) -> str:
+        """Say that the run, if there is one, is not of this command; "" if it is."""
+        ours = {"script": self.script, "command": shlex.join(["python", *self.command()])}
+        made_by = self.made_by()
+        same = made_by is None or made_by["command"] == results.command(ours, results.FREE)
+        return "" if same else f"{self.run_dir} was made by another command: {made_by['command']}"
+
+    def finished(self) -> bool:
+        """Tell if the run is finished, by its results or by what it said last."""
+        folder = re.escape(str(self.run_dir))
+        said = re.compile(rf"^(done: {folder}$|{folder} is finished; to see it)", re.MULTILINE)
+        return self.path(".csv").exists() or bool(said.search(self.log().split("\n$ ")[-1]))
+
     def start(self, threads: int) -> None:
         """Start the run or go on with it, unless it is finished or another process has it.
 
@@ -87,25 +116,17 @@ class Job:
             except BlockingIOError:
                 self.state = "elsewhere"
                 return
-            script = os.path.relpath(SCRIPTS / f"{self.script}.py")
-            words = [script, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags]
+            self.resumed = (self.run_dir / "checkpoint.pt").exists() and bool(self.made_by())
+            words = self.command()
             words += ["--num-threads", str(threads), "--run-dir", str(self.run_dir)]
-            ours = {"script": self.script, "command": shlex.join(["python", *words])}
-            made_by = self.made_by()
-            finished = made_by and FINISHED.search(self.log())
-            self.resumed = made_by and (self.run_dir / "checkpoint.pt").exists()
-            if not (finished or self.resumed):
-                self.set_aside()
-                log.truncate(0)
-            elif made_by != results.command(ours, results.FREE):
-                self.fail(f"{self.run_dir} was made by another command: {made_by}")
-                return
-            elif finished:
-                self.old = json.loads((self.run_dir / "config.json").read_text()).get("commit")
+            if self.made_by() and self.finished():
                 self.finish()
                 return
+            if self.resumed:
+                words = [words[0], "--resume", str(self.run_dir)]
             else:
-                words = [script, "--resume", str(self.run_dir)]
+                self.set_aside()
+                log.truncate(0)
             print(f"$ {shlex.join(['python', *words])}", file=log, flush=True)
             self.process = subprocess.Popen(
                 [sys.executable, *words],
@@ -117,19 +138,11 @@ class Job:
             )
             self.state = "running"
 
-    def made_by(self) -> str | None:
-        """Return the command that made the run folder, if there is a whole one."""
-        try:
-            config = json.loads((self.run_dir / "config.json").read_text())
-            return results.command(config, results.FREE)
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-
     def set_aside(self) -> None:
         """Rename a run folder that cannot be gone on with, and forget what was known of it."""
         if self.run_dir.exists():
-            count = len(list(self.run_dir.parent.glob(f"{self.seed}.*{results.UNUSABLE}")))
-            aside = self.path(f".{count + 1}{results.UNUSABLE}")
+            names = (self.path(f".{i}{results.UNUSABLE}") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             self.run_dir.rename(aside)
             self.note = f"begun anew: {self.name}, as it cannot be resumed; what it was: {aside}"
         for suffix in (".csv", ".json", ".usage.json"):
@@ -149,7 +162,7 @@ class Job:
         (whole := self.path(".usage.writing")).write_text(json.dumps(usage) + "\n")
         whole.replace(noted)  # a runner killed while it writes leaves the old one
         last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
-        if code == 0 and FINISHED.search(self.log()):
+        if code == 0 and self.finished():
             self.finish()
         elif code == 2 and self.resumed and LOST.search(last):
             self.set_aside()
@@ -165,9 +178,13 @@ class Job:
         self.state = "finished"
         if not self.path(".csv").exists():
             try:
-                results.write(self.run_dir, self.path(".csv"))
+                with contextlib.redirect_stderr(io.StringIO()) as said:
+                    result = results.read_run(self.run_dir)
+                    if "evaluation" not in result.config:
+                        fail(f"{self.run_dir} is not finished")
+                    results.write(result, self.path(".csv"))
             except (Exception, SystemExit) as error:  # the other runs go on
-                self.fail(f"its events cannot be read: {error!r}")
+                self.fail(f"its events cannot be read: {said.getvalue().strip() or repr(error)}")
 
     def fail(self, error: str) -> None:
         """Note why the run failed."""
@@ -239,8 +256,8 @@ def select(
     chosen = range(first_seed, first_seed + seeds if seeds else 1 + SUITES[suite].seeds)
     if not chosen:
         fail(f"--first-seed {first_seed}: beyond the {suite} suite's last; say how many: --seeds")
-    if script and not (SCRIPTS / f"{script}.py").exists():
-        fail(f"--script {script}: there is no {SCRIPTS / script}.py")
+    if script and (Path(script).name != script or not (SCRIPTS / f"{script}.py").exists()):
+        fail(f"--script {script}: there is no {script}.py among the files in {SCRIPTS}")
     with failing(f"--flags {flags}", ValueError):
         shlex.split(flags)
     for option, value in (("script", script), ("flags", flags)):
@@ -337,6 +354,11 @@ def run(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fit = int(available_memory() / 1e9 / SUITES[suite].gigabytes)
     workers = workers or max(1, min(cores // threads, fit))
+    if foreign := [words for job in jobs if (words := job.foreign())]:
+        fail(f"{foreign[0]}; take another --run-dir")
+    made = [(job, job.made_by()) for job in jobs]
+    if old := [job.name for job, by in made if by and by.get("code") != code(job.script)]:
+        print(f"begun with other code: {', '.join(old)}; to run what has changed: --run-dir")
     screen = Screen()
     signals = work(jobs, workers, threads, screen)
     screen.say("\n".join(describe(jobs)))
@@ -347,8 +369,4 @@ def run(
     if any(job.state == "failed" for job in jobs):
         print(f"what died is resumed by the same command: {again}\nlogs: {folder}")
         raise SystemExit(1)
-    now = commit()
-    old = {job.old for job in jobs if job.old and (job.old != now or now.endswith("-dirty"))}
-    if old:
-        print(f"finished before, at {', '.join(sorted(old))}; to run what has changed: --run-dir")
     print(f"to see it: python -m benchmarks plot {folder}")

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -253,6 +254,14 @@ def commit() -> str:
     return done[0] + "-dirty" * bool(done[1])
 
 
+def code(script: str) -> str:
+    """Return a fingerprint of what a run of `script` executes: its file, and common/."""
+    root = Path(__file__).parent.parent
+    files = [root / f"{script}.py", *sorted(root.glob("common/*.py"))]
+    content = b"".join(path.read_bytes() for path in files if path.exists())
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def provenance(device: torch.device) -> dict:
     """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -299,7 +308,7 @@ class Run:
             with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
                 for name in [name for name in parts if name != "envs"]:
                     parts[name].load_state_dict(checkpoint.pop(name))
-        config = {"script": script, "args": vars(args)} | provenance(device)
+        config = {"script": script, "args": vars(args), "code": code(script)} | provenance(device)
         with failing(f"--run-dir {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
         if args.track:
@@ -334,9 +343,7 @@ class Run:
             path.write_text(json.dumps(config, indent=2) + "\n")
         elif path.exists():
             before = json.loads(path.read_text())
-            if other := [
-                x for x in ("commit", "versions", "machine") if before.get(x) != config[x]
-            ]:
+            if other := [x for x in ("code", "versions", "machine") if before.get(x) != config[x]]:
                 print(f"not as it was begun: {', '.join(other)}; it goes on, perhaps not exactly")
 
     def _introduce(self) -> None:

@@ -210,6 +210,15 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         results.export([ppo.train(args)], name="unfinished")
     assert "unfinished is not finished; --resume" in capsys.readouterr().err
+    shutil.copytree("unfinished", "folder/1")
+    with pytest.raises(SystemExit):
+        results.export([Path("folder")])
+    assert "no finished run in folder" in capsys.readouterr().err
+    shutil.copytree("r", "folder/2")
+    results.export([Path("folder")], name="part")
+    assert "not finished, so left out: folder/1\n" in capsys.readouterr().out
+    part = tmp_path / "results/part/InvertedPendulum-v5/7.csv"
+    assert part.read_bytes() == path.read_bytes()
     config = json.loads(Path("r/config.json").read_text())
     config["args"]["total_timesteps"] = 512  # as if it had been extended with --resume
     Path("r/config.json").write_text(json.dumps(config))
@@ -248,7 +257,8 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(
     shutil.copytree("r", "runs/b")
     with pytest.raises(SystemExit):
         results.export([Path("runs/a"), Path("runs/b")], name="mine")
-    assert "as another run" in capsys.readouterr().err
+    told = "as another run" if finished else "runs/a is not finished"
+    assert told in capsys.readouterr().err
 
 
 def test_the_command_is_kept_without_what_says_only_where():
@@ -531,7 +541,13 @@ def test_compare_tells_a_faster_learner_where_both_reach_the_most(capsys):
     for result, rollout in zip(sides, ((8, 4), (8, 2))):
         result.config["args"] |= dict(zip(("num_steps", "num_minibatches"), rollout))
     sides[1].config["args"]["new_flag"] = 1
+    sides[1].config["args"] |= {"bf16": False, "target": None}  # off where the other has none
     assert plots.unlike(*([x] for x in sides)) == "minibatch 2 and 4; new_flag - and 1"
+    for result, commit, version in zip(sides, "ab", ("3.3.0", "3.15.0")):
+        result.config.update(commit=commit * 40 + "-dirty", versions={"mujoco": version})
+        result.config["args"] = sides[0].config["args"]
+    told = "the same arguments (commit aaaaaaa-dirty and bbbbbbb-dirty, mujoco 3.3.0 and 3.15.0)"
+    assert plots.unlike(*([x] for x in sides)) == told
     plots.compare(Path("slow"), Path("fast"))
     out = capsys.readouterr().out
     assert "CartPole-v1: learning_rate 0.001 and 0.1\n" in out
@@ -869,11 +885,16 @@ def test_a_run_is_the_command_that_a_user_would_type(undisturbed, tmp_path, monk
     assert len(list((tmp_path / "of a folder").rglob("*.csv"))) == 2
     folder = tmp_path / "runs" / "tiny" / "Pendulum-v1"
     shutil.copytree(undisturbed, folder)
-    (folder / "2.csv").unlink()  # as if it had not finished: it is not left out in silence
-    assert len(results.read_folder(folder.parent)["Pendulum-v1"]) == 2
-    results.export(suite="tiny", name="one", run_dir=folder.parent.parent)
-    assert f"not finished, so left out: {folder / '2'}\n" in capsys.readouterr().out
-    assert [x.name for x in (tmp_path / "one").rglob("*.csv")] == ["1.csv"]
+    (folder / "2.csv").unlink()  # as of a runner that was killed: it is read from its events
+    monkeypatch.setitem(suites.SUITES, "tiny", TINY)
+    shutil.rmtree(folder / "1")  # its results remain: it is not run again
+    monkeypatch.setattr(run.subprocess, "Popen", None)
+    run.run("tiny", run_dir=folder.parent.parent, seeds=1)
+    assert "1 of 1 finished" in capsys.readouterr().out
+    results.export(suite="tiny", name="both", run_dir=folder.parent.parent)
+    for name in ("1.csv", "2.csv", "1.json"):
+        exported = tmp_path / "both" / "Pendulum-v1" / name
+        assert exported.read_text() == (undisturbed / name).read_text()
 
 
 def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undisturbed):
@@ -895,16 +916,15 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
     assert_same_results(folder, undisturbed)
     before = [log.read_text() for log in logs]
     monkeypatch.setattr(run.subprocess, "Popen", None)  # what is finished is not repeated
-    monkeypatch.setattr(run, "commit", lambda: "f00")
     run.run("tiny", workers=2)
     run.run("tiny", first_seed=2, threads=2)
-    assert "1 of 1 finished" in capsys.readouterr().out.split("2 of 2 finished")[-1]
+    out = capsys.readouterr().out
+    assert "1 of 1 finished" in out.split("2 of 2 finished")[-1] and "other code" not in out
     assert [log.read_text() for log in logs] == before
-    made_at = json.loads((folder / "1" / "config.json").read_text())["commit"]
-    for now, told in ((made_at, made_at.endswith("-dirty")), ("f00-dirty", True), ("f00", True)):
-        monkeypatch.setattr(run, "commit", lambda now=now: now)
-        run.run("tiny")
-        assert (f"finished before, at {made_at}; to run" in capsys.readouterr().out) == told
+    monkeypatch.setattr(run, "code", lambda script: f"another {script}")
+    run.run("tiny")
+    told = "begun with other code: Pendulum-v1/1, Pendulum-v1/2; to run what has changed: --run-dir"
+    assert told in capsys.readouterr().out
 
 
 def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is_reported(
@@ -927,9 +947,18 @@ def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is
     assert_same_results(folder, undisturbed)
     runs = [(script, env_id, flags + " --squash") for script, env_id, flags in TINY.runs]
     monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite(2, runs))
-    with pytest.raises(SystemExit):  # it does not go on with what was made by another command
+    shutil.rmtree(folder / "1")
+    for name in ("1.csv", "1.json"):
+        (folder / name).unlink()
+    with pytest.raises(SystemExit):  # nothing is begun beside what was made by another command
         run.run("tiny")
-    assert f"{folder / '2'} was made by another command: python" in capsys.readouterr().out
+    assert f"{folder / '2'} was made by another command: python" in capsys.readouterr().err
+    assert not (folder / "1").exists()
+    (folder / "2").rename(folder / "2.2.unusable")  # the first free number is taken
+    shutil.copytree(undisturbed / "2", folder / "2")
+    job = run.Job(*TINY.runs[0], 2, folder.parent)
+    job.set_aside()
+    assert (folder / "2.1.unusable").is_dir() and not (folder / "2.csv").exists()
 
 
 def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys):
@@ -990,17 +1019,35 @@ def test_a_copy_is_run_in_place_of_a_script_and_what_another_version_made_is_kep
 if "--resume" in sys.argv:
     print("error: checkpoint.pt has version 6; this code reads version 7", file=sys.stderr)
     raise SystemExit(2)
-print("done: it")
+print("done: True\\ndone:", sys.argv[-1] if sys.argv[-1][-1] == "1" else "it")
 """)
     monkeypatch.setattr(run, "SCRIPTS", Path.cwd())
     monkeypatch.setitem(suites.SUITES, "tiny", TINY)
-    monkeypatch.setattr(results, "write", lambda run_dir, path: path.touch())
-    run.run("tiny", script="mine.py", run_dir=Path("runs"))
-    assert "mine: 2 of 2 finished" in capsys.readouterr().out
+    for path in ("sub/mine", "../mine.py", "yours"):
+        with pytest.raises(SystemExit):
+            run.run("tiny", script=path)
+        assert f"there is no {path.removesuffix('.py')}.py" in capsys.readouterr().err
+    read_run, unfinished = results.read_run, make_result()
+    del unfinished.config["evaluation"]
+    monkeypatch.setattr(results, "read_run", lambda _: unfinished)
+    with pytest.raises(SystemExit):
+        run.run("tiny", script="mine", run_dir=Path("half"), seeds=1)
+    reason = (
+        "failed: Pendulum-v1/1 its events cannot be read: error: half/mine/Pendulum-v1/1 is not"
+    )
+    assert reason in capsys.readouterr().out
+    monkeypatch.setattr(results, "read_run", lambda _: make_result())
+    monkeypatch.setattr(results, "write", lambda result, path: path.touch())
+    with pytest.raises(SystemExit):
+        run.run("tiny", script="mine.py", run_dir=Path("runs"))
+    out = capsys.readouterr().out
+    assert "mine: 1 of 2 finished" in out and "failed: Pendulum-v1/2 exit 0: done: it" in out
+    monkeypatch.setattr(results, "read_run", read_run)
     log = Path("runs/mine/Pendulum-v1/2.log").read_text()
     assert log.startswith("$ python mine.py --env-id Pendulum-v1 --seed 2 ")
     shutil.copytree(undisturbed / "1", "runs/mine/Pendulum-v1/1")
-    Path("runs/mine/Pendulum-v1/1.log").unlink()
+    for name in ("1.log", "1.csv"):
+        Path("runs/mine/Pendulum-v1", name).unlink()
     config = json.loads(Path("runs/mine/Pendulum-v1/1/config.json").read_text())
     config["script"] = "mine"
     Path("runs/mine/Pendulum-v1/1/config.json").write_text(json.dumps(config))
@@ -1016,7 +1063,7 @@ def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypa
     (tmp_path / "ppo_continuous.py").write_text("""
 import json, os, pathlib, shlex, signal, sys, time
 if "--resume" in sys.argv:
-    print("done: again")
+    print("done:", sys.argv[-1])
     raise SystemExit
 signals = []
 def stop(*_):
@@ -1054,7 +1101,8 @@ raise SystemExit(130)
     process.wait()
     monkeypatch.setattr(run, "SCRIPTS", tmp_path)
     monkeypatch.setitem(suites.SUITES, "tiny", TINY)
-    monkeypatch.setattr(results, "write", lambda run_dir, path: path.touch())
+    monkeypatch.setattr(results, "read_run", lambda _: make_result())
+    monkeypatch.setattr(results, "write", lambda result, path: path.touch())
     job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
     job.start(1)
     assert job.state == "elsewhere" and job.process is None
@@ -1062,4 +1110,4 @@ raise SystemExit(130)
         os.kill(pid, signal.SIGINT)
     run.run("tiny")
     assert "2 of 2 finished" in capsys.readouterr().out
-    assert [log.read_text().count("\ndone: again\n") for log in logs] == [1, 1]
+    assert [log.read_text().count(f"\ndone: {folder}/") for log in logs] == [1, 1]
