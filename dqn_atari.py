@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save the replay too; without it a resumed run is not exact, and first fills a new one"""
+    """save the replay too, all of it each time; else a resumed run differs: it fills a new one"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
@@ -166,6 +166,7 @@ class Agent(nn.Module):
         super().__init__()
         self.critic = QNetwork(obs_shape, gym.spaces.flatdim(action_space), args)
         self.target = copy.deepcopy(self.critic)
+        self.args = args
         self.register_buffer("obs_shape", torch.tensor(obs_shape))
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
@@ -236,7 +237,7 @@ class Replay:
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, 4, H, W]; episodes before them are cut off."""
-        self.ends[self.num_rows % len(self.rewards) - 1, :, 1] = True
+        self.ends[(self.num_rows - 1) % len(self.rewards), :, 1] = True
         self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
         self._drop()
 
@@ -272,7 +273,7 @@ class Replay:
         self._drop()
         complete = self.num_rows - self.args.n_step
         if self.args.prioritized and complete >= self.oldest:  # it has all n steps
-            self._prioritize([complete], self.max_priority)
+            self._prioritize(complete, complete + 1, self.max_priority)
 
     def _drop(self) -> None:  # rows that are overwritten, or whose frames are
         before, self.oldest = self.oldest, max(self.oldest, self.num_rows - len(self.rewards))
@@ -280,13 +281,12 @@ class Replay:
         while self.oldest < self.num_rows and self.needs[self.oldest % len(self.needs)] <= gone:
             self.oldest += 1
         if self.args.prioritized:
-            self._prioritize(range(before, self.oldest), 0 * self.max_priority)
+            self._prioritize(before, self.oldest, torch.zeros_like(self.max_priority))
 
-    def _prioritize(self, rows, priority: torch.Tensor) -> None:
-        for row in rows:
-            first = row % len(self.rewards) * self.args.num_envs
-            indices = torch.arange(first, first + self.args.num_envs, device=priority.device)
-            self.tree.update(indices, priority.expand(len(indices)))
+    def _prioritize(self, start: int, stop: int, priority: torch.Tensor) -> None:
+        num_envs, device = self.args.num_envs, priority.device
+        indices = torch.arange(start * num_envs, stop * num_envs, device=device)
+        self.tree.update(indices % self.rewards.numel(), priority.expand(len(indices)))
 
     def sample(self, beta: float, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw transitions that have all n steps; return their indices and weights [B]."""
@@ -342,8 +342,8 @@ class Replay:
         state["needs"] = torch.from_numpy(self.needs.copy())
         state["shown"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
         state |= {"leaves": self.tree.leaves, "sums": self.tree.sums}
-        state |= {"max_priority": self.max_priority}
-        return state | {"counts": (self.num_frames, self.num_rows, self.oldest)}
+        counts = self.num_frames, self.num_rows, self.oldest
+        return state | {"max_priority": self.max_priority, "counts": counts}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what state_dict returned."""
@@ -380,8 +380,7 @@ def td_loss(q, target, weight, loss: str) -> torch.Tensor:
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update`, a gradient step in place that returns METRICS and the errors [B].
 
-    It is one graph, once compiled; the network is called with pieces of the vectors `critic` and
-    `target` as weights.
+    It is one graph, once compiled, that calls the network with pieces of `critic` and `target`.
     """
     critic_net = tensors.functional(agent.critic, args.bf16)
 
@@ -411,7 +410,8 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
         fits = getattr(args, name) >= args.num_envs
         runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
     most = min(args.buffer_size // 2, args.learning_starts) // args.num_envs
-    runs.require(args.n_step <= most, args, "n_step", f"be at most {most} (see --buffer-size)")
+    need = f"be at most {most} (see --buffer-size, --learning-starts)"
+    runs.require(args.n_step <= most, args, "n_step", need)
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
@@ -435,11 +435,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
-            print(f"replay not saved: learning begins at step {learning_starts:,} of {last_step:,}")
+            print(f"replay not saved, so not exact: learning begins at step {learning_starts:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device).float(), noise)
+        act = tensors.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
             start_step, metrics = global_step, []

@@ -201,7 +201,7 @@ class Rollout:
         self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
         if len(obs_space.shape) == 3:  # bytes, in memory with channels last: faster convolutions
             self.obs = self.obs.byte().movedim(2, -1).contiguous().movedim(-1, 2)
-        self.noise = torch.zeros(*shape, gym.spaces.flatdim(action_space), device=device)
+        self.noise = torch.ones(*shape, gym.spaces.flatdim(action_space), device=device)
         self.rewards = np.zeros(shape)
         self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
         self.actions, self.final_obs = [], {}  # (t, n) of a truncation -> real last observation
@@ -325,7 +325,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost] = 0.0
-        act = tensors.to_numpy(agent.sample, rollout.obs[-1], torch.ones_like(rollout.noise[0]))
+        act = tensors.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; what does not feed the next action waits until it is complete
             start_step, global_step = global_step, global_step + batch_size
@@ -348,7 +348,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
-            policy, values = agent(obs)
+            policy, values = tensors.functional(agent, args.bf16)(parameters, obs)
             old_log_prob, _ = log_prob_and_entropy(policy, actions)
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:

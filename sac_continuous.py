@@ -95,7 +95,7 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """save the replay too; without it a resumed run is not exact, and first fills a new one"""
+    """save the replay too, all of it each time; else a resumed run differs: it fills a new one"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
@@ -155,6 +155,7 @@ class Agent(nn.Module):
         self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
         self.register_buffer("log_alpha", torch.tensor([log_alpha]))
+        self.args = args
         self.register_buffer("obs_shape", torch.tensor(obs_shape))
         for name, bound in zip(("low", "high"), tensors.bounds(action_space)):
             self.register_buffer(name, bound)
@@ -333,11 +334,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
-            print(f"replay not saved: learning begins at step {learning_starts:,} of {last_step:,}")
+            print(f"replay not saved, so not exact: learning begins at step {learning_starts:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = tensors.to_numpy(agent.sample, torch.from_numpy(obs).to(device).float(), noise)
+        act = tensors.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
             start_step, metrics = global_step, []

@@ -186,7 +186,8 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
         fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
     obs_space, action_space = env.observation_space, env.action_space
-    stacked = isinstance(env, gym.wrappers.FrameStackObservation)
+    padding = getattr(env, "padding_type", None), getattr(env, "stack_size", None)
+    stacked = padding == ("zero", 4)  # as in make_env
     env.close()
     if args.capture_video or args.render:
         about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
@@ -201,20 +202,25 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         fail(f"{args.env_id} has {kind} actions; {hint if known else 'no script takes them'}")
     if action_type is gym.spaces.Box and not np.issubdtype(action_space.dtype, np.floating):
         fail(f"{args.env_id} has actions of {action_space.dtype}, not of floating point")
-    if bounded and not action_space.is_bounded():
-        fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
+    if bounded:
+        with np.errstate(all="ignore"):  # infinities, and what float32 cannot tell from them
+            width = np.subtract(action_space.high, action_space.low, dtype=np.float32)
+        if not np.isfinite(width).all():
+            fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
     if not isinstance(obs_space, gym.spaces.Box):
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
     if not obs_space.shape:
         fail(f"{args.env_id} has observations without an axis; wrap it in FlattenObservation")
     if images and not (stacked or atari.find_game(args.env_id)):
-        fail(f"{args.env_id} does not give one frame [H, W] of bytes; use ppo_discrete.py")
+        what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"
+        fail(f"{args.env_id} {what}; use ppo_discrete.py")
     if action_type is gym.spaces.Discrete and len(obs_space.shape) == 3:
         if getattr(args, "norm_obs", False):
             fail("--norm-obs: images are divided by 255 instead")
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
-            fail(f"{args.env_id}: images must be of bytes, [C, H, W], and 36 pixels wide and high")
+            what = "images must be of bytes, [C, H, W], and 36 pixels wide and high"
+            fail(f"{args.env_id}: {what}; wrap what is none in FlattenObservation")
     return obs_space, action_space
 
 

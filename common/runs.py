@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -195,7 +196,8 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
             torch.compile(lambda x: x + 1, fullgraph=True, options=options)(x)
         except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False
-            print(f"running eagerly: no compiler (apt install g++ python3-dev): {error!r:.60}")
+            advice = " (no compiler? apt install g++ python3-dev)" * (device.type == "cpu")
+            print(f"running eagerly{advice}: {repr(error).split(chr(92))[0]:.200}")
     if not args.compile:
         return function
     inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state
@@ -299,7 +301,9 @@ class Run:
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
-        if self.step > last_step or history["finished"] and self.step == last_step:
+        if self.step > last_step:
+            fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
+        if history["finished"] and self.step == last_step:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         self.device = device.type
@@ -311,6 +315,7 @@ class Run:
         config = {"script": script, "args": vars(args), "code": code(script)} | provenance(device)
         with failing(f"--run-dir {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+            self._lock()
         if args.track:
             self._track(new=checkpoint is None)
         # readers drop what a killed run logged after its checkpoint, as it is logged again
@@ -319,6 +324,13 @@ class Run:
         self._introduce()
         if checkpoint is None:
             self.save(0)
+
+    def _lock(self) -> None:  # as long as the process lives
+        self._locked = (self.dir / "lock").open("w")
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            fail(f"{self.dir} is being trained by another process")
 
     def _track(self, new: bool) -> None:
         import wandb
@@ -398,7 +410,8 @@ class Run:
         self.save(self.step, finished=True)
 
     def _leave(self) -> NoReturn:
-        resume = f"python {self.script}.py --resume {shlex.quote(str(self.dir))}"
+        script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
+        resume = shlex.join(["python", script, "--resume", str(self.dir)])
         tqdm.write(f"stopped at step {self.saved:,}; go on: {resume}")
         raise SystemExit(128 + self.signal)
 

@@ -119,3 +119,11 @@ gym.register("Colours-v0", Noise, kwargs={"shape": (3, 84, 84)})
 gym.register("ColoursLast-v0", Noise, kwargs={"shape": (84, 84, 3)})
 gym.register("Tiny-v0", Noise, kwargs={"shape": (16, 16)})
 gym.register("Floats-v0", Noise, kwargs={"shape": (84, 84), "dtype": np.float32})
+
+
+def stacked(**_):
+    """Frames stacked by the user, as Gymnasium does by default: with the first one repeated."""
+    return gym.wrappers.FrameStackObservation(Catch(pixels=36, start=-1), 4)
+
+
+gym.register("Stacked-v0", stacked, order_enforce=False, disable_env_checker=True)

@@ -129,11 +129,11 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         assert (folder / "checkpoint.pt").read_bytes() == content
     (folder / "checkpoint.pt").write_bytes(tracked)
     run("ppo_continuous.py", "--evaluate", "r", cwd=tmp_path)
-    config = json.loads((folder / "config.json").read_text()) | {"commit": "another"}
+    config = json.loads((folder / "config.json").read_text()) | {"code": "another"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoint.pt").write_bytes(edit(track=False))
     done = run("ppo_continuous.py", "--resume", "r", cwd=tmp_path)
-    assert "not as it was begun: commit; it goes on" in done.stdout
+    assert "not as it was begun: code; it goes on" in done.stdout
     done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"

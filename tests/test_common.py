@@ -1,7 +1,9 @@
 """Environments, seeding, checkpoints and parameters."""
 
+import dataclasses
 import inspect
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -16,7 +18,7 @@ import pytest
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import CASES, ROOT, assert_same, read_args
+from conftest import CASES, ROOT, assert_same, each_case, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -433,7 +435,8 @@ def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypat
 def test_tracing_leaves_the_random_numbers_of_layers_alone():
     layer = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).requires_grad_(False)
     before = torch.get_rng_state()
-    act = to_numpy(lambda x: (layer(x),), torch.ones(1, 3))
+    args = SimpleNamespace(compile=True)
+    act = to_numpy(lambda x: (layer(x),), args, torch.ones(1, 3))
     assert torch.equal(torch.get_rng_state(), before)
     assert not all(np.array_equal(act(torch.ones(1, 3)), act(torch.ones(1, 3))) for _ in range(20))
 
@@ -502,13 +505,27 @@ def test_what_fails_as_it_may_is_one_line(capsys):
         raise ValueError("is a bug, which keeps its traceback")
 
 
-def test_threads_do_not_depend_on_what_ran_before():
+def test_threads_do_not_depend_on_what_ran_before(monkeypatch):
+    monkeypatch.setattr(runs, "MOST_THREADS", 3)
     before = torch.get_num_threads()
-    args = sac_continuous.Args(device="cpu")
-    torch.set_num_threads(1)
-    runs.setup_torch(args, faster="cuda")
+    for given, faster, expected in ((0, "cuda", 3), (0, "cpu", 1), (2, "cuda", 2)):
+        torch.set_num_threads(1)
+        args = sac_continuous.Args(device="cpu", num_threads=given)
+        runs.setup_torch(args, faster=faster)
+        assert args.num_threads == torch.get_num_threads() == expected
     torch.set_num_threads(before)
-    assert args.num_threads == runs.MOST_THREADS
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo-discrete", "ppo-atari", "sac", "dqn"])
+def test_auto_takes_a_gpu_for_images_sac_and_dqn(name, monkeypatch):
+    def setup_torch(args, faster):
+        raise LookupError(faster)
+
+    monkeypatch.setattr(runs, "setup_torch", setup_torch)
+    script, options = CASES[name]
+    faster = "cpu" if name in ("ppo", "ppo-discrete") else "cuda"
+    with pytest.raises(LookupError, match=f"^{faster}$"):
+        script.train(script.Args(**options))
 
 
 def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
@@ -604,7 +621,8 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             PPO
             | {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 1}
             | {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "clip_coef": 0.2}
-            | {"ent_coef": 0.0, "norm_obs": True, "norm_reward": True},
+            | {"ent_coef": 0.0, "norm_obs": True, "norm_reward": True, "hidden_sizes": (64, 64)}
+            | {"vf_loss": "mse", "lr_schedule": "linear", "squash": False},
         ),
         (
             ppo_discrete.Args(),
@@ -621,7 +639,7 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "gamma": 0.99, "tau": 0.005}
             | {"batch_size": 256, "learning_starts": 5000, "policy_lr": 3e-4, "q_lr": 1e-3}
             | {"policy_frequency": 2, "target_network_frequency": 1, "autotune": True}
-            | {"num_envs": 1, "utd_ratio": 1.0},
+            | {"num_envs": 1, "utd_ratio": 1.0, "hidden_sizes": (256, 256)},
         ),
         (
             dqn_atari.Args(),
@@ -630,7 +648,7 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             | {"start_e": 1.0, "end_e": 0.01, "exploration_fraction": 0.1, "loss": "mse"}
             | {"learning_starts": 80_000, "train_frequency": 4, "max_grad_norm": None}
             | {"n_step": 1, "double": False, "dueling": False, "prioritized": False}
-            | {"clip_reward": True},
+            | {"clip_reward": True, "priority_alpha": 0.6, "priority_beta": 0.4, "eval_e": 0.01},
         ),
     ],
     ids=["ppo_continuous", "ppo_discrete", "ppo_atari", "sac_continuous", "dqn_atari"],
@@ -660,3 +678,92 @@ def test_what_scripts_share_is_alike_to_the_letter(a, b, unlike):
         logged = source[source.index("            if run.due(args.eval_every") :]
         ends.append((logged[: logged.index("\n\n\n")], source[source.index("\nif __name__") :]))
     assert ends[0] == ends[1]
+
+
+def test_what_two_scripts_both_have_is_written_in_one_way():
+    scripts = ppo_continuous, ppo_discrete, sac_continuous, dqn_atari
+    for name, group in {
+        "Agent.act": scripts,
+        "nature_cnn": (ppo_discrete, dqn_atari),
+        "tanh_log_det": (ppo_continuous, sac_continuous),
+    }.items():
+        assert len({inspect.getsource(operator.attrgetter(name)(x)) for x in group}) == 1
+
+
+@pytest.mark.parametrize("script", [ppo_continuous, ppo_discrete, sac_continuous, dqn_atari])
+def test_every_number_has_a_range(script, capsys):
+    for field in dataclasses.fields(script.Args):
+        if re.search(r"\b(int|float)\b", str(field.type)):
+            wrong = (-1,) if "tuple" in str(field.type) else -1
+            with pytest.raises(SystemExit):
+                runs.check_ranges(dataclasses.replace(script.Args(), **{field.name: wrong}))
+            assert capsys.readouterr().err.startswith(f"error: {runs.flag(field.name)} ")
+
+
+@each_case
+def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
+    """The same seed begins alike; another with other weights, environments and streams."""
+    begun = []
+
+    def begin(run, _step):
+        begun.append({name: part.state_dict() for name, part in run.parts.items()})
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs.Run, "save", begin)  # as a run does at step 0
+    for i, seed in enumerate((1, 1, 2)):
+        with pytest.raises(ZeroDivisionError):
+            script.train(script.Args(**options, seed=seed, compile=False, run_dir=f"r{i}"))
+    one, again, other = begun
+    assert_same(one["rng"], again["rng"])
+    for name, state in one["rng"].items():
+        with pytest.raises(AssertionError):
+            assert_same(state, other["rng"][name])
+    assert not torch.equal(one["envs"]["obs"], other["envs"]["obs"])
+    for name in (name for name in one["agent"] if "weight" in name):
+        a, b, c = (x["agent"][name] for x in begun)
+        assert torch.equal(a, b) and not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize("end", ["truncated", "terminated", "both"])
+def test_an_evaluated_episode_ends_either_way_and_is_summed(end, monkeypatch):
+    args = SimpleNamespace(env_id=f"toy_envs:Counter-{end}-v0", seed=3, eval_episodes=2)
+    args.render = args.capture_video = False
+
+    def act(_obs):
+        return np.zeros(1, np.float32)
+
+    assert envs.play(act, args, Path()) == ([3.0, 3.0], [5, 5])
+    monkeypatch.setattr(toy_envs.Counter, "last", 10**9)
+    args.eval_episodes = 1
+    assert envs.play(act, args, Path())[1] == [108_000]
+
+
+@pytest.mark.parametrize(
+    "works, given, chosen",
+    [
+        (("egl", "osmesa"), {}, "egl"),
+        (("osmesa",), {}, "osmesa"),
+        ((), {}, None),
+        (("egl",), {"MUJOCO_GL": "glfw"}, "glfw"),
+        (("egl",), {"DISPLAY": ":0"}, None),
+    ],
+)
+def test_a_renderer_that_works_is_chosen(monkeypatch, works, given, chosen):
+    def probe(_words, env, **_options):
+        return SimpleNamespace(returncode=int(env["MUJOCO_GL"] not in works))
+
+    monkeypatch.setattr(envs.os, "environ", dict(given))
+    monkeypatch.setattr(envs.subprocess, "run", probe)
+    envs.prepare_video()
+    assert envs.os.environ.get("MUJOCO_GL") == chosen
+
+
+@pytest.mark.parametrize("bound", [np.inf, np.finfo(np.float32).max, 1e300])
+def test_bounds_that_tanh_cannot_be_scaled_to_are_refused(monkeypatch, capsys, bound):
+    space = gym.spaces.Box(-bound, bound, (1,), np.float64)
+    monkeypatch.setattr(toy_envs.Counter, "action_space", space)
+    args = Args(env_id="toy_envs:Counter-truncated-v0")
+    with pytest.raises(SystemExit):
+        envs.check_spaces(args, gym.spaces.Box, "", bounded=True)
+    assert "has actions without bounds" in capsys.readouterr().err
+    envs.check_spaces(args, gym.spaces.Box, "")

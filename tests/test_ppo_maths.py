@@ -1,5 +1,6 @@
 """The maths of PPO, each against a reference written in another way."""
 
+import dataclasses
 import inspect
 import math
 
@@ -121,6 +122,9 @@ def test_normalised_rewards_and_observations_end_at_ten(ppo):
     rollout.rewards[:, 0], rollout.terminations[:] = (1.5, -2.4, 99.0), True
     targets = ppo.estimate(agent, rollout, torch.zeros(3), args)[1]
     torch.testing.assert_close(targets, torch.tensor([6.0, -9.6, 10.0]))
+    plain = dataclasses.replace(args, norm_reward=False)
+    targets = ppo.estimate(agent, rollout, torch.zeros(3), plain)[1]
+    torch.testing.assert_close(targets, torch.tensor([1.5, -2.4, 99.0]))
 
 
 @settings(deadline=None, max_examples=50)
@@ -266,10 +270,11 @@ def test_loss_and_its_gradient_equal_an_independent_formula(clip_vloss, vf_loss,
     )
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e3])  # always clipped, and never
 @torch.no_grad()
-def test_update_equals_autograd_with_torch_optim_adam(ppo):
+def test_update_equals_autograd_with_torch_optim_adam(ppo, max_grad_norm):
     """Twenty steps of gradient, clipping and Adam against the stock ones."""
-    args = ppo.Args(ent_coef=0.01, max_grad_norm=0.05)
+    args = ppo.Args(ent_coef=0.01, max_grad_norm=max_grad_norm)
     agent, twin = make_agent(ppo), make_agent(ppo)
     parameters = flatten_parameters(agent)
     update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), args)
@@ -296,15 +301,19 @@ def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once(options):
     ppo = ppo_continuous if options else ppo_discrete
     torch._dynamo.utils.counters.clear()
     results = []
-    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, dynamic=False)):
-        agent = make_agent(ppo, **options)
+    for compiled in (False, True):
+        agent = make_agent(ppo, norm_obs=True, **options)
         parameters = flatten_parameters(agent)
         optimizer = FlatAdam(parameters, eps=1e-5)
-        update = wrap(ppo.make_update(agent, optimizer, ppo.Args(ent_coef=0.01)))
+        args = ppo.Args(ent_coef=0.01, learning_rate=1e-3, compile=compiled)
+        update = ppo.make_update(agent, optimizer, args)
+        update = ppo.runs.compile_function(update, args, torch.device("cpu"))
+        torch._dynamo.utils.counters.clear()  # of the compiler's trial
         batch = random_batch(ppo, 320)
-        for i in range(50):  # the learning rate changes, the graph does not
-            lr = torch.tensor(1e-3 * (1 - i / 50))
+        for i in range(50):  # rate and statistics change, the graph does not
+            lr = ppo.learning_rate(i / 50, args)
             metrics = update(parameters, batch, torch.arange(64) + i % 5 * 64, lr)
+            agent.obs_statistics.update(batch[0] * i)
         results.append((parameters, metrics))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -385,6 +394,7 @@ class Between(nn.Sequential):
         ),
         (lambda: Between(lambda x: torch.add(x, x.tanh(), alpha=2.0)), False),
         (lambda: Between(lambda x: x.clamp(min=-0.5)), False),
+        (lambda: Between(lambda x: x if x.isfinite().all() else 0 * x), False),  # of values
     ],
 )
 @torch.no_grad()
@@ -399,7 +409,7 @@ def test_an_edited_network_acts_and_trains_alike(make_network, traced, kind, cap
     parameters = flatten_parameters(agent)
     agent.obs_statistics.update(torch.randn(100, 4) * 3 + 1)
     obs, noise = torch.randn(500, 4), 0.1 * torch.randn(500, 3)
-    act = to_numpy(agent.sample, torch.zeros_like(obs), torch.zeros_like(noise))
+    act = to_numpy(agent.sample, agent.args, torch.zeros_like(obs), torch.zeros_like(noise))
     assert (act.__name__ == "traced") == traced
     assert ("acting in PyTorch, not in NumPy" in capsys.readouterr().out) == (not traced)
     update = ppo.make_update(agent, FlatAdam(parameters, eps=1e-5), agent.args)
@@ -423,7 +433,7 @@ def test_sampled_actions_have_the_policys_distribution_and_respect_bounds():
         agent = make_agent(ppo_continuous, squash=squash)
         agent.log_std.copy_(torch.tensor([0.0, -1.0, 1.0]))
         obs, noise = torch.zeros(20_000, 4), torch.randn(20_000, 3)
-        action, env_action = to_numpy(agent.sample, obs, noise)(obs, noise)
+        action, env_action = to_numpy(agent.sample, agent.args, obs, noise)(obs, noise)
         np.testing.assert_allclose(action.std(0), agent.log_std.exp(), rtol=0.05)
         assert (env_action >= BOX.low).all() and (env_action <= BOX.high).all()
         if squash:
@@ -465,7 +475,7 @@ def test_rollouts_sample_discrete_actions_from_the_softmax(monkeypatch):
     probabilities = agent.actor(agent.encode(obs)).softmax(-1).numpy()
     critical = 13.8  # of two degrees of freedom, one in a thousand
     assert chi_squared(np.concatenate(rollout.actions), probabilities) < critical
-    indices, env_actions = to_numpy(agent.sample, obs, noise)(obs, noise)
+    indices, env_actions = to_numpy(agent.sample, ppo_discrete.Args(), obs, noise)(obs, noise)
     assert np.array_equal(indices, np.concatenate(rollout.actions))
     assert np.array_equal(indices, agent.sample(obs, noise)[0])
     assert np.array_equal(env_actions, indices - 1)  # as the space begins at -1

@@ -232,7 +232,17 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
 ):
     options = options | {"total_timesteps": 128, "checkpoint_every": 0, "eval_episodes": 1}
     args = script.Args(**options, compile=False, run_dir="whole")
-    script.train(args)
+    begun = []
+    with monkeypatch.context() as patch:
+        note = runs.Run.__enter__
+        patch.setattr(
+            runs.Run, "__enter__", lambda x: (begun.append(x.parts["rng"].state_dict()), note(x))[1]
+        )
+        script.train(args)
+    ended = load_checkpoint("whole/checkpoint.pt")["rng"]
+    assert torch.equal(ended["torch"], begun[0]["torch"])  # all that is drawn is of a stream
+    streams = {"action", "minibatch", "replay"} & ended.keys()
+    assert len(streams) == 2 and not any(torch.equal(ended[x], begun[0][x]) for x in streams)
     args = dataclasses.replace(args, run_dir="r")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(envs, "play", lambda *_: 1 / 0)
@@ -245,6 +255,11 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     with pytest.raises(SystemExit) as stop:
         script.train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
     assert stop.value.code == 0 and "r is finished" in capsys.readouterr().out
+    shorter = dataclasses.replace(args, resume="r", total_timesteps=64)
+    with pytest.raises(SystemExit) as stop:
+        script.train(shorter, load_checkpoint("r/checkpoint.pt"))
+    told = "error: --total-timesteps 64: the run is at step 128\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == told
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", "r/best.pt"])
     monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -306,3 +321,20 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     expected = torch.where(torch.tensor(lost), 0.0, carry)
     assert np.any(lost) and len(carries) == 2 and torch.equal(carries[0], expected)
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072
+
+
+def test_a_run_is_not_trained_by_two_processes_at_once(capsys):
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT)
+    train(args)
+    hold = "import fcntl, sys; file = open('r/lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    checkpoint = load_checkpoint("r/checkpoint.pt") | {"finished": False}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit) as stop:
+            train(dataclasses.replace(args, resume="r"), dict(checkpoint))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "error: r is being trained by another process\n"
+        other.stdin.close()
+    train(dataclasses.replace(args, resume="r"), checkpoint)

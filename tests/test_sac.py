@@ -123,7 +123,8 @@ def test_acting_equals_the_policy_in_training_and_deterministically_its_mean():
     torch.testing.assert_close(log_std, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(mean, output[:, :3])
     action, _ = sac.sample_with_log_prob((mean, log_std), noise)
-    act = to_numpy(agent.sample, obs, noise)
+    assert to_numpy(agent.sample, sac.Args(compile=False), obs, noise).__name__ == "untraced"
+    act = to_numpy(agent.sample, agent.args, obs, noise)
     assert act.__name__ == "traced"
     stored, env_action = act(obs, noise)
     np.testing.assert_allclose(stored, action, rtol=1e-4, atol=1e-5)
@@ -454,6 +455,37 @@ def test_noise_is_normal_and_never_used_twice(monkeypatch):
         assert abs((x**4).mean() - 3) < bound * math.sqrt(96)
 
 
+def test_updates_are_given_the_right_networks_and_the_same_batch(monkeypatch):
+    seen = []
+
+    def make_updates(agent, *_):
+        vectors = zip((agent.actor, agent.critic, agent.target), ("actor", "critic", "target"))
+        names = {next(x.parameters()).data_ptr(): name for x, name in vectors}
+
+        def note(*inputs):
+            *networks, _, _, indices, _ = inputs
+            seen.append(([names[x.data_ptr()] for x in networks], tuple(indices.tolist())))
+            return torch.tensor([float(len(seen))] * (5 - len(networks)))
+
+        return note, note
+
+    monkeypatch.setattr(sac, "make_updates", make_updates)
+    options = SHORT | {"num_envs": 4, "learning_starts": 16, "total_timesteps": 48, "log_every": 16}
+    sac.train(sac.Args(env_id="toy_envs:Counter-truncated-v0", policy_frequency=1, **options))
+    networks, batches = zip(*seen)
+    assert list(networks) == [["critic", "target", "actor"], ["critic", "actor"]] * 32
+    assert batches[::2] == batches[1::2] and len(set(batches)) == 32
+    logged = scalars(Path("r"))  # means since the last log: of 1, 3, ..., and of 2, 4, ...
+    assert logged["losses/qf_loss"] == [(32, 16.0), (48, 48.0)]
+    assert logged["losses/actor_loss"] == [(32, 17.0), (48, 49.0)]
+
+
+def test_alpha_begins_at_one_or_as_given():
+    assert make_agent().log_alpha.exp() == 1
+    given = make_agent(autotune=False, alpha=0.3)
+    assert given.log_alpha.exp().item() == pytest.approx(0.3)
+
+
 # the replay
 
 
@@ -623,7 +655,9 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     monkeypatch.setattr(sac.tensors, "to_numpy", spied)
     sac.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
     assert len(acted) == 200
-    assert "replay not saved: learning begins at step 200 of" in capsys.readouterr().out
+    assert (
+        "replay not saved, so not exact: learning begins at step 200\n" in capsys.readouterr().out
+    )
     assert "".join(log) == "s" * 100 + "sc" * 100
 
 
