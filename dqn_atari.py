@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, failing, runs, seeding, tensors
+from common import arguments, compute, envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "td_loss q_values".split()
@@ -405,13 +405,13 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
-    runs.check_ranges(args)
+    arguments.check_ranges(args)
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
-        runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
+        arguments.require(fits, args, name, f"be at least {args.num_envs}, as --num-envs is")
     most = min(args.buffer_size // 2, args.learning_starts) // args.num_envs
     need = f"be at most {most} (see --buffer-size, --learning-starts)"
-    runs.require(args.n_step <= most, args, "n_step", need)
+    arguments.require(args.n_step <= most, args, "n_step", need)
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
@@ -419,7 +419,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)
-    device = runs.setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
@@ -427,7 +427,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, device)
-    update = runs.compile_function(make_update(agent, optimizer, args), args, device)
+    update = compute.compile_function(make_update(agent, optimizer, args), args, device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
@@ -439,7 +439,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = tensors.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
+        act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
             start_step, metrics = global_step, []
@@ -492,7 +492,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
 
 
 if __name__ == "__main__":
-    args, checkpoint = runs.parse_args(Args, SCRIPT)
+    args, checkpoint = arguments.parse_args(Args, SCRIPT)
     if args.evaluate is None:
         train(args, checkpoint)
     else:

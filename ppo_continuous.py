@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, failing, runs, seeding, tensors
+from common import arguments, compute, envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
@@ -292,16 +292,16 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
-    runs.check_ranges(args)
+    arguments.check_ranges(args)
     batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
     if args.minibatch_size is None:  # one sample has no standard deviation
         fits = batch_size % args.num_minibatches == 0 and args.num_minibatches * least <= batch_size
         need = f"divide a rollout's {batch_size} samples, {least} or more in each"
-        runs.require(fits, args, "num_minibatches", need)
+        arguments.require(fits, args, "num_minibatches", need)
     fits = args.minibatch_size is None or least <= args.minibatch_size <= batch_size
-    runs.require(fits, args, "minibatch_size", f"be from {least} to {batch_size}")
+    arguments.require(fits, args, "minibatch_size", f"be from {least} to {batch_size}")
     fits = args.total_timesteps >= batch_size
-    runs.require(fits, args, "total_timesteps", f"be at least {batch_size}, one rollout")
+    arguments.require(fits, args, "total_timesteps", f"be at least {batch_size}, one rollout")
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=args.squash)
 
 
@@ -309,12 +309,12 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)
-    device = runs.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
+    device = compute.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
     rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
-    update = runs.compile_function(make_update(agent, optimizer, args), args, device)
+    update = compute.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
     size = args.minibatch_size or batch_size // args.num_minibatches
     with failing(f"--num-steps {args.num_steps}", RuntimeError, MemoryError):
@@ -324,7 +324,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost] = 0.0
-        act = tensors.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
+        act = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; what does not feed the next action waits until it is complete
             start_step, global_step = global_step, global_step + batch_size
@@ -391,7 +391,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
 
 
 if __name__ == "__main__":
-    args, checkpoint = runs.parse_args(Args, SCRIPT)
+    args, checkpoint = arguments.parse_args(Args, SCRIPT)
     if args.evaluate is None:
         train(args, checkpoint)
     else:

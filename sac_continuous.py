@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import grad_and_value
 
-from common import envs, failing, runs, seeding, tensors
+from common import arguments, compute, envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
 METRICS = "qf_loss q_values actor_loss entropy alpha".split()
@@ -303,10 +303,10 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; end with one line if an argument cannot work."""
-    runs.check_ranges(args)
+    arguments.check_ranges(args)
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
-        runs.require(fits, args, name, f"be at least {args.num_envs}, one for each environment")
+        arguments.require(fits, args, name, f"be at least {args.num_envs}, as --num-envs is")
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
@@ -314,7 +314,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
     obs_space, action_space = check_args(args)
-    device = runs.setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
@@ -325,7 +325,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, action_size, device)
     updates = make_updates(agent, optimizer, replay.columns, args)
-    update_critic, update_actor = (runs.compile_function(x, args, device) for x in updates)
+    update_critic, update_actor = (compute.compile_function(x, args, device) for x in updates)
     batch_noise = torch.zeros(args.batch_size, action_size, device=device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
@@ -338,7 +338,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = tensors.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
+        act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
             # a stretch of steps, at whose end there are logs, evaluations and checkpoints
             start_step, metrics = global_step, []
@@ -392,7 +392,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
 
 
 if __name__ == "__main__":
-    args, checkpoint = runs.parse_args(Args, SCRIPT)
+    args, checkpoint = arguments.parse_args(Args, SCRIPT)
     if args.evaluate is None:
         train(args, checkpoint)
     else:

@@ -11,7 +11,7 @@ import torch
 from tyro.conf import Positional
 
 from benchmarks import results
-from common import envs, runs
+from common import envs, provenance
 
 
 def peak_memory(usage: resource.struct_rusage) -> float:
@@ -39,7 +39,7 @@ def memory(
     obs_space, action_space = module.check_args(args)
     torch.set_num_threads(1)
     content = {"script": script, "env_id": args.env_id, "buffer_size": buffer_size}
-    content |= runs.provenance(torch.device("cpu")) | {"command": results.own_command()}
+    content |= provenance.record(torch.device("cpu")) | {"command": results.own_command()}
     environments = envs.Environments(args)
     sizes = (np.prod(action_space.shape, dtype=int),) if script == "sac_continuous" else ()
     before, start, content["mib"] = resident(), 0, {}

@@ -22,7 +22,7 @@ from benchmarks import results
 from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
 from common import fail, failing
-from common.runs import code
+from common.provenance import code
 
 SCRIPTS = Path(__file__).parent.parent
 PROGRESS = re.compile(

@@ -41,20 +41,3 @@ def load_checkpoint(path: Path) -> dict:
     if content["version"] != VERSION:
         fail(f"{path} has version {content['version']}; this code reads version {VERSION}")
     return content["state"]
-
-
-def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
-    """Load a checkpoint of `script` from a run folder, or end with one line that says why not.
-
-    It may also be named itself, as r/best.pt.
-    """
-    path = Path(run_dir)
-    if not path.is_file():
-        path = path / name
-    if not path.is_file():
-        young = ", or not evaluated yet" * (name != "checkpoint.pt")
-        fail(f"{run_dir} is not a run folder{young}: it has no {name}")
-    checkpoint = load_checkpoint(path)
-    if checkpoint["script"] != script:
-        fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")
-    return checkpoint

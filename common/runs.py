@@ -1,224 +1,47 @@
-"""A run: its arguments, its folder, and what a person sees of it."""
+"""A run: its folder, and what a person sees of it."""
 
-import argparse
-import ctypes
-import dataclasses
 import fcntl
-import hashlib
-import inspect
 import json
 import math
 import multiprocessing
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType
 from typing import NoReturn
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import atari, envs, fail, failing
-from common.checkpoint import load_run, save_checkpoint
+from common import atari, compute, envs, fail, failing, provenance
+from common.checkpoint import load_checkpoint, save_checkpoint
 
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
-# what may be given anew; everything else comes from the run
-ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
-ANEW["resume"] = (
-    "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
-)
-# what a number must be, by its name
-RANGES = {
-    (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
-    "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
-    "policy_frequency target_network_frequency train_frequency log_every",
-    (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
-    "learning_starts num_threads priority_alpha",
-    (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
-    "sticky_actions priority_beta",
-    (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
-    "alpha",
-}
-# flags that have no effect without another
-EFFECTIVE_WITH = {"lr_schedule": "anneal_lr", "alpha": "no_autotune"}
-EFFECTIVE_WITH |= {"priority_alpha": "prioritized", "priority_beta": "prioritized"}
-# for --torch-deterministic; cuBLAS reads it once in a process
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-MOST_THREADS = min(4, torch.get_num_threads())  # before a run sets them
 
 
-def flag(name: str) -> str:
-    """Spell an argument as on the command line: `num_envs` is `--num-envs`."""
-    return "--" + name.replace("_", "-")
+def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
+    """Load a checkpoint of `script` from a run folder, or end with one line that says why not.
 
-
-def require(condition: bool, args, name: str, need: str) -> None:
-    """End with one line, as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
-    if not condition:
-        fail(f"{flag(name)} {getattr(args, name)}: must {need}")
-
-
-def check_ranges(args) -> None:
-    """End with one line if a number is out of its range, or the run could not begin."""
-    new = args.resume is None and args.evaluate is None
-    if new and args.run_dir and Path(args.run_dir).exists():
-        resume = Path(args.run_dir, "checkpoint.pt").exists()
-        what = (
-            f"--resume {args.run_dir} continues it" if resume else "there is no run to resume in it"
-        )
-        fail(f"--run-dir {args.run_dir}: it exists already; {what}")
-    folder = Path(args.run_dir or "runs/new").absolute()
-    above = next(path for path in folder.parents if os.path.exists(path))
-    if new and not os.access(above, os.W_OK | os.X_OK):
-        fail(f"--run-dir {folder}: nothing can be written into {above}")
-    for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, name) and (name != "track" or args.evaluate is None):
-            with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):
-                import_module(package)
-    for (low, high, need), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name, None)
-            for x in value if isinstance(value, tuple) else [value] * (value is not None):
-                require(low <= x <= high and x < math.inf, args, name, f"be {need}")
-    for name, other in EFFECTIVE_WITH.items():
-        if new and getattr(args, name, None) != getattr(type(args), name, None):
-            switch = other.removeprefix("no_")
-            on = getattr(args, switch, switch == other) == (switch == other)
-            require(on, args, name, f"go with {flag(other)}")
-
-
-def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:
-    """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
-    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # until there is a run
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
-    game = atari.find_game(parser.parse_known_args()[0].env_id)
-    args = tyro.cli(args_class, default=args_class(**atari_defaults or {}) if game else None)
-    if args.resume is not None and args.evaluate is not None:
-        fail("--resume and --evaluate exclude each other")
-    if args.render and args.evaluate is None:
-        fail("--render goes with --evaluate")
-    mode = "resume" if args.resume is not None else "evaluate"
-    if (run_dir := getattr(args, mode)) is None:
-        return args, None
-    tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
-    given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
-    allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
-    if refused := given - allowed:
-        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
-        fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
-    if {"render", "capture_video"} <= given:
-        fail("--render and --capture-video exclude each other")
-    if mode == "resume" and Path(run_dir).is_file():
-        fail(f"--resume {run_dir}: takes the run's folder")
-    checkpoint = load_run(run_dir, script)
-    if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
-        print("trained on CUDA, evaluated on the CPU: it rounds differently")
-        checkpoint["device"] = "cpu"
-    with failing(f"{run_dir} was made by a script with other arguments", TypeError):
-        stored = args_class(**checkpoint["args"])
-    if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
-        for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
-            if getattr(stored, schedule, False):
-                fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
-    anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
-    anew["device"] = checkpoint["device"]  # not auto: a GPU may have come or gone
-    return dataclasses.replace(stored, **anew), checkpoint
-
-
-def setup_torch(args, faster: str) -> torch.device:
-    """Set threads, precision and determinism; return the device.
-
-    `faster` is what auto takes: cuda for large networks. For them, and for layers of 256 units,
-    "medium" precision lets the CPU multiply with oneDNN, on some twice as fast as MKL; it is not
-    kept where the error shows that products are in TF32 or bfloat16. (Convolutions of cuDNN take
-    TF32 where they can, as is PyTorch's default.)
+    It may also be named itself, as r/best.pt.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        advice = "use --device cpu" if args.resume is None else "the run was begun on one"
-        fail(f"--device cuda: PyTorch finds no CUDA device; {advice}")
-    auto = faster if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
-    large = faster == "cuda"
-    if args.bf16 and args.evaluate is None:
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-            fail("--bf16: this GPU does not compute in bfloat16")
-        onednn = torch.backends.mkldnn.is_available()
-        if device.type == "cpu" and not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            print("--bf16: this processor has no bfloat16, which makes it many times slower")
-    args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
-    # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
-    # PyTorch's threads begin, which inherit it
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(args.num_threads)
-    deterministic = device.type == "cuda" and args.torch_deterministic
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # a run before may have
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
-    if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
-        libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    wide = large or max(args.hidden_sizes, default=0) >= 256
-    torch.set_float32_matmul_precision("medium" if wide else "highest")
-    if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
-        torch.set_float32_matmul_precision("highest")
-    return device
-
-
-def compile_function(function: Callable, args, device: torch.device) -> Callable:
-    """Compile a plain function into one graph, unless with --no-compile or without a compiler.
-
-    Guards check a call's inputs alone, so what changes during a run must be one; kernels are called
-    from C++. Both together take a third off a small update.
-    """
-    # what is chosen by timing it, a resumed run might choose otherwise
-    timed = {"shape_padding": False, "dynamic_scale_rblock": False}
-    options = {"cpp_wrapper": True} if device.type == "cpu" else timed
-    if args.compile:
-        try:
-            x = torch.zeros(2, device=device)
-            torch.compile(lambda x: x + 1, fullgraph=True, options=options)(x)
-        except Exception as error:  # its type depends on the version; it is not about `function`
-            args.compile = False
-            advice = " (no compiler? apt install g++ python3-dev)" * (device.type == "cpu")
-            print(f"running eagerly{advice}: {repr(error).split(chr(92))[0]:.200}")
-    if not args.compile:
-        return function
-    inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state
-    named = re.compile(r"\w*")  # of x, or of batch[0]
-    options["guard_filter_fn"] = lambda guards: [named.match(x.name)[0] in inputs for x in guards]
-    # what is compiled is kept by code object: without the other checks, a second run in this
-    # process would take the first one's, so each has a copy
-    code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
-    function = FunctionType(code, function.__globals__, *rest)
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    called = False
-
-    def call(*inputs):
-        nonlocal called
-        if not called:  # which takes seconds, in SAC and DQN well after the start
-            called = True
-            tqdm.write(f"compiling {function.__name__}")
-            sys.stdout.flush()
-        return compiled(*inputs)
-
-    return call
+    path = Path(run_dir)
+    if not path.is_file():
+        path = path / name
+    if not path.is_file():
+        young = ", or not evaluated yet" * (name != "checkpoint.pt")
+        fail(f"{run_dir} is not a run folder{young}: it has no {name}")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["script"] != script:
+        fail(f"{run_dir} was made by {checkpoint['script']}.py, not by {script}.py")
+    return checkpoint
 
 
 def describe(returns: list[float], lengths: list[int]) -> str:
@@ -229,59 +52,13 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 
 def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     """Play the episodes of --evaluate in an environment of these spaces, and say how it went."""
-    device = setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, faster="cuda")
     with failing(f"{args.evaluate} {MISFIT}", KeyError, RuntimeError):
         agent = load_agent(args.evaluate, device=device)
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
     print(describe(*envs.play(agent.act, args, where.parent if where.is_file() else where)))
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    about = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", about.read_text() if about.exists() else "", re.M)
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    """Return git's commit, with -dirty where a Python file is changed or new; "" without git."""
-    root, words = Path(__file__).parent.parent, ("rev-parse HEAD", "status --porcelain -- *.py")
-    git = [["git", "-C", str(root), *x.split()] for x in words]
-    try:
-        done = [subprocess.run(x, capture_output=True, text=True).stdout.strip() for x in git]
-    except OSError:  # no git
-        return ""
-    return done[0] + "-dirty" * bool(done[1])
-
-
-def code(script: str) -> str:
-    """Return a fingerprint of what a run of `script` executes: its file, and common/."""
-    root = Path(__file__).parent.parent
-    files = [root / f"{script}.py", *sorted(root.glob("common/*.py"))]
-    content = b"".join(path.read_bytes() for path in files if path.exists())
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-def provenance(device: torch.device) -> dict:
-    """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
-    versions = {name: version(name) for name in packages}
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit() or None,
-        "versions": {"python": platform.python_version()} | versions,
-        "machine": {
-            "system": platform.platform(),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "device": name,
-        },
-        "num_threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
 
 
 class Run:
@@ -312,7 +89,8 @@ class Run:
             with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
                 for name in [name for name in parts if name != "envs"]:
                     parts[name].load_state_dict(checkpoint.pop(name))
-        config = {"script": script, "args": vars(args), "code": code(script)} | provenance(device)
+        config = {"script": script, "args": vars(args), "code": provenance.code(script)}
+        config |= provenance.record(device)
         with failing(f"--run-dir {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
             self._lock()
@@ -331,6 +109,8 @@ class Run:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             fail(f"{self.dir} is being trained by another process")
+        except OSError:  # a file system without locks
+            pass
 
     def _track(self, new: bool) -> None:
         import wandb

@@ -1,4 +1,4 @@
-"""Running statistics, parameters as one vector, and a PyTorch function traced into NumPy."""
+"""Running statistics, networks whose parameters are one vector, and Adam on it."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 # Gauss-Hermite quadrature: the mean of f(z) over a standard normal z is f(NODES) @ WEIGHTS
@@ -133,69 +132,6 @@ class FlatAdam(nn.Module):
         self.exp_avg_sq.lerp_(gradient**2, 1 - 0.999)
         bias1, bias2 = (1 - self.beta1_power).float(), (1 - self.beta2_power).float()
         parameters -= lr / bias1 * self.exp_avg / ((self.exp_avg_sq / bias2).sqrt() + self.eps)
-
-
-# what to_numpy knows of PyTorch, by the names of its ATen operators
-OPERATIONS = {
-    "add": "{0} + {1}",
-    "addcmul": "{0} + {1} * {2}",
-    "addmm": "{1} @ {2} + {0}",
-    "argmax": "np.argmax({0}, {1})",
-    "clamp": "np.minimum(np.maximum({0}, {1}), {2})",
-    "div": "{0} / {1}",
-    "exp": "np.exp({0})",
-    "mul": "{0} * {1}",
-    "relu": "np.maximum({0}, 0)",
-    "select": "{0}.take({2}, {1})",
-    "sub": "{0} - {1}",
-    "t": "{0}.T",
-    "take": "{0}.take({1})",
-    "tanh": "np.tanh({0})",
-    "view": "{0}.reshape({1})",
-}
-
-
-@torch.random.fork_rng(devices=())  # tracing must not consume random numbers
-def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
-    """Return `function`, of tensors shaped as `examples`, as one that returns NumPy arrays.
-
-    On a few rows PyTorch takes several times as long as the arithmetic; NumPy's calls are cheaper.
-    On the CPU `function` is therefore traced and written down in NumPy; weights keep sharing their
-    memory. Elsewhere, with --no-compile or convolutions, and where that cannot be done or does not
-    give the same for `examples`, `function` itself is called. Zeros as `examples` hide mistakes.
-    """
-
-    def untraced(*tensors: torch.Tensor) -> list[np.ndarray]:
-        return [output.cpu().numpy() for output in function(*tensors)]
-
-    if not args.compile or any(x.device.type != "cpu" for x in examples):
-        return untraced
-    names, inputs, lines = {"np": np, "inf": np.inf}, [], []
-    try:
-        graph = make_fx(lambda *x: function(*x))(*examples)
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                inputs.append(node.name)
-                lines.append(f"{node.name} = {node.name}.numpy()")
-            elif node.op == "get_attr":
-                names[node.name] = getattr(graph, node.target).detach().numpy()
-            elif node.op == "call_function":
-                name = node.target._schema.name.removeprefix("aten::")
-                if name == "convolution":  # which has no equal in NumPy
-                    return untraced
-                operation = OPERATIONS[name]
-                assert not node.kwargs and len(node.args) == operation.count("{")
-                lines.append(f"{node.name} = {operation.format(*node.args)}")
-            else:
-                lines.append(f"return {node.args[0]}")
-        exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
-        for got, expected in zip(names["traced"](*examples), untraced(*examples), strict=True):
-            assert got.dtype == expected.dtype and got.shape == expected.shape
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    except Exception as error:  # whatever the network does that cannot be traced
-        print(f"acting in PyTorch, not in NumPy, which is slower: {error!r:.60}")
-        return untraced
-    return names["traced"]
 
 
 def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:

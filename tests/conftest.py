@@ -25,7 +25,7 @@ import dqn_atari  # noqa: E402
 import ppo_continuous  # noqa: E402
 import ppo_discrete  # noqa: E402
 import sac_continuous  # noqa: E402
-from common import runs  # noqa: E402
+from common import arguments  # noqa: E402
 from common.checkpoint import load_checkpoint  # noqa: E402
 
 # short runs of everything that is learned with
@@ -58,9 +58,12 @@ def flags(**kwargs) -> list[str]:
     words = []
     for name, value in kwargs.items():
         if isinstance(value, bool):
-            words.append(runs.flag(name if value else "no_" + name))
+            words.append(arguments.flag(name if value else "no_" + name))
         else:
-            words += [runs.flag(name), *map(str, value if isinstance(value, tuple) else [value])]
+            words += [
+                arguments.flag(name),
+                *map(str, value if isinstance(value, tuple) else [value]),
+            ]
     return words
 
 

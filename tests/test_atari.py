@@ -18,7 +18,7 @@ from conftest import (
 )
 
 import ppo_discrete as ppo
-from common import atari, envs, runs
+from common import arguments, atari, envs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.seeding import stream_seed
 
@@ -458,6 +458,6 @@ def test_killed_and_resumed_ends_as_if_never_stopped_and_is_evaluated_alike(run,
 )
 def test_atari_has_defaults_of_its_own_and_what_is_given_wins(monkeypatch, words, expected):
     monkeypatch.setattr(sys, "argv", ["ppo_discrete.py", *words.split()])
-    args, _ = runs.parse_args(ppo.Args, ppo.SCRIPT, ppo.ATARI)
+    args, _ = arguments.parse_args(ppo.Args, ppo.SCRIPT, ppo.ATARI)
     got = args.total_timesteps, args.num_envs, args.clip_coef, args.clip_reward, args.hidden_sizes
     assert got == expected and args.learning_rate == 2.5e-4

@@ -27,7 +27,7 @@ import ppo_continuous as ppo
 import ppo_discrete
 import sac_continuous
 from benchmarks import memory, plots, random_returns, results, run, speed, suites
-from common import runs
+from common import arguments
 from common.checkpoint import load_checkpoint
 
 COMMITTED = [
@@ -750,7 +750,7 @@ def test_speed_gives_both_the_same_work_and_divides_ours_by_the_peers(monkeypatc
     ours, theirs = " ".join(ran[0]), json.loads(ran[1][1])
     assert theirs["threads"] == 3 and theirs["device"] == "cpu" and not theirs["atari"]
     for name in ("env_id", "num_envs", "num_steps", "total_timesteps"):
-        assert f"{runs.flag(name)} {theirs[name]} " in ours
+        assert f"{arguments.flag(name)} {theirs[name]} " in ours
     assert "--num-threads 3 " in ours and " --bf16 " in ours and "--checkpoint-every 0" in ours
     ran.clear()
     with pytest.raises(OSError):  # what was measured before is kept

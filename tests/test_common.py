@@ -24,10 +24,11 @@ import dqn_atari
 import ppo_continuous
 import ppo_discrete
 import sac_continuous
-from common import envs, failing, runs
+from common import arguments, compute, envs, failing, provenance, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.compute import to_numpy
 from common.seeding import STREAMS, Streams, stream_seed
-from common.tensors import bounds, flatten_parameters, functional, to_numpy
+from common.tensors import bounds, flatten_parameters, functional
 from ppo_continuous import Args
 
 MUJOCO = [
@@ -388,8 +389,8 @@ def test_the_commit_of_a_run_says_if_scripts_had_changed_or_were_new(tmp_path, m
         done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, check=True)
         return done.stdout.decode().strip()
 
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common" / "runs.py"))
-    assert runs.provenance(torch.device("cpu"))["commit"] is None
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "common" / "provenance.py"))
+    assert provenance.record(torch.device("cpu"))["commit"] is None
     for name in ("a.py", "notes.txt"):
         (tmp_path / name).write_text("1")
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -397,15 +398,15 @@ def test_the_commit_of_a_run_says_if_scripts_had_changed_or_were_new(tmp_path, m
         git(*words)
     commit = git("rev-parse", "HEAD")
     (tmp_path / "notes.txt").write_text("2")
-    assert runs.provenance(torch.device("cpu"))["commit"] == commit
+    assert provenance.record(torch.device("cpu"))["commit"] == commit
     for path, content in (("a.py", "2"), ("mine.py", "1")):
         (tmp_path / path).write_text(content)
-        assert runs.commit() == f"{commit}-dirty"
+        assert provenance.commit() == f"{commit}-dirty"
         git("add", "a.py")
         git(*who, "commit", "-qm", "2", "--allow-empty")
         commit = git("rev-parse", "HEAD")
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: open("/no/git"))
-    assert runs.commit() == ""
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: open("/no/git"))
+    assert provenance.commit() == ""
 
 
 def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypatch, capsys):
@@ -424,7 +425,9 @@ def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypat
     with torch.no_grad():
         for factor, network in zip((2.0, 3.0), networks):
             function, args = make(factor, network), SimpleNamespace(compile=True)
-            compiled.append((runs.compile_function(function, args, torch.device("cpu")), function))
+            compiled.append(
+                (compute.compile_function(function, args, torch.device("cpu")), function)
+            )
             assert "guard_filter_fn" in options[-1]  # which is what could confuse them
         for number in (1.0, 5.0):
             for got, expected in compiled:
@@ -476,7 +479,7 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(SystemExit):
-        runs.setup_torch(sac_continuous.Args(bf16=True), faster="cuda")
+        compute.setup_torch(sac_continuous.Args(bf16=True), faster="cuda")
     assert capsys.readouterr().err == "error: --bf16: this GPU does not compute in bfloat16\n"
 
 
@@ -491,7 +494,7 @@ def test_bfloat16_that_is_emulated_is_said_to_be_slow(
     ask = pytest.fail if native is None else lambda: native
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: native is not None)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", ask)
-    runs.setup_torch(sac_continuous.Args(bf16=True, device="cpu", evaluate=evaluate), "cuda")
+    compute.setup_torch(sac_continuous.Args(bf16=True, device="cpu", evaluate=evaluate), "cuda")
     assert ("many times slower" in capsys.readouterr().out) == warned
 
 
@@ -506,12 +509,12 @@ def test_what_fails_as_it_may_is_one_line(capsys):
 
 
 def test_threads_do_not_depend_on_what_ran_before(monkeypatch):
-    monkeypatch.setattr(runs, "MOST_THREADS", 3)
+    monkeypatch.setattr(compute, "MOST_THREADS", 3)
     before = torch.get_num_threads()
     for given, faster, expected in ((0, "cuda", 3), (0, "cpu", 1), (2, "cuda", 2)):
         torch.set_num_threads(1)
         args = sac_continuous.Args(device="cpu", num_threads=given)
-        runs.setup_torch(args, faster=faster)
+        compute.setup_torch(args, faster=faster)
         assert args.num_threads == torch.get_num_threads() == expected
     torch.set_num_threads(before)
 
@@ -521,7 +524,7 @@ def test_auto_takes_a_gpu_for_images_sac_and_dqn(name, monkeypatch):
     def setup_torch(args, faster):
         raise LookupError(faster)
 
-    monkeypatch.setattr(runs, "setup_torch", setup_torch)
+    monkeypatch.setattr(compute, "setup_torch", setup_torch)
     script, options = CASES[name]
     faster = "cpu" if name in ("ppo", "ppo-discrete") else "cuda"
     with pytest.raises(LookupError, match=f"^{faster}$"):
@@ -531,7 +534,7 @@ def test_auto_takes_a_gpu_for_images_sac_and_dqn(name, monkeypatch):
 def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
     randn = torch.randn  # a thousand times as large, so is the error
     monkeypatch.setattr(torch, "randn", lambda *size, **options: 1000 * randn(*size, **options))
-    runs.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), faster="cuda")
+    compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), faster="cuda")
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -551,8 +554,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
 FLUSH = """
 import platform, torch
 import sac_continuous
-from common import runs
-runs.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
+from common import compute
+compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
 tiny = torch.full((1_000_000,), 1e-30) * 1e-10
 supported = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
 print(tiny.count_nonzero().item() if supported else 0)
@@ -576,34 +579,34 @@ def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
     flags, depends, monkeypatch, capsys
 ):
     stored = {"args": {"total_timesteps": 100, **flags}, "device": "cpu"}
-    monkeypatch.setattr(runs, "load_run", lambda *_: stored)
+    monkeypatch.setattr(arguments, "load_run", lambda *_: stored)
     words = "--resume r --total-timesteps 200 --checkpoint-every 5 --eval-every 6 --eval-episodes 7"
     monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *words.split(), "--track"])
     if depends:
         with pytest.raises(SystemExit):
-            runs.parse_args(dqn_atari.Args, "dqn_atari")
+            arguments.parse_args(dqn_atari.Args, "dqn_atari")
         assert depends in capsys.readouterr().err
     else:
-        args, _ = runs.parse_args(dqn_atari.Args, "dqn_atari")
+        args, _ = arguments.parse_args(dqn_atari.Args, "dqn_atari")
         assert (args.total_timesteps, args.checkpoint_every, args.eval_every) == (200, 5, 6)
         assert args.eval_episodes == 7 and args.track
 
 
 def test_a_run_of_other_arguments_is_refused_in_one_line(monkeypatch, capsys):
     checkpoint = {"args": {"sede": 3}, "device": "cpu"}
-    monkeypatch.setattr(runs, "load_run", lambda *_: checkpoint)
+    monkeypatch.setattr(arguments, "load_run", lambda *_: checkpoint)
     monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--evaluate", "r"])
     with pytest.raises(SystemExit) as stopped:
-        runs.parse_args(sac_continuous.Args, "sac_continuous")
+        arguments.parse_args(sac_continuous.Args, "sac_continuous")
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and "other arguments" in line and "sede" in line
 
 
 def test_a_run_begun_on_the_cpu_goes_on_there(monkeypatch):
     checkpoint = {"args": {"seed": 3}, "device": "cpu", "script": "sac_continuous"}
-    monkeypatch.setattr(runs, "load_run", lambda *_: checkpoint)
+    monkeypatch.setattr(arguments, "load_run", lambda *_: checkpoint)
     monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--resume", "r"])
-    args, _ = runs.parse_args(sac_continuous.Args, "sac_continuous")
+    args, _ = arguments.parse_args(sac_continuous.Args, "sac_continuous")
     assert (args.device, args.seed, args.resume) == ("cpu", 3, "r")
 
 
@@ -696,8 +699,8 @@ def test_every_number_has_a_range(script, capsys):
         if re.search(r"\b(int|float)\b", str(field.type)):
             wrong = (-1,) if "tuple" in str(field.type) else -1
             with pytest.raises(SystemExit):
-                runs.check_ranges(dataclasses.replace(script.Args(), **{field.name: wrong}))
-            assert capsys.readouterr().err.startswith(f"error: {runs.flag(field.name)} ")
+                arguments.check_ranges(dataclasses.replace(script.Args(), **{field.name: wrong}))
+            assert capsys.readouterr().err.startswith(f"error: {arguments.flag(field.name)} ")
 
 
 @each_case

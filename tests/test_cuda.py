@@ -13,7 +13,7 @@ import dqn_atari
 import ppo_continuous
 import ppo_discrete
 import sac_continuous
-from common import runs
+from common import compute
 from common.checkpoint import load_checkpoint
 from common.tensors import FlatAdam, flatten_parameters
 
@@ -120,7 +120,7 @@ def test_the_options_for_cuda_are_known_to_the_compiler(monkeypatch):
     """An unknown one would be taken for a missing compiler, and everything run eagerly."""
     zeros, args = torch.zeros, ppo_continuous.Args()
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
-    runs.compile_function(lambda x: x, args, torch.device("cuda"))
+    compute.compile_function(lambda x: x, args, torch.device("cuda"))
     assert args.compile
 
 

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dqn_atari as dqn
-from common import envs, runs
+from common import arguments, compute, envs
 from common.checkpoint import load_checkpoint
 from common.tensors import FlatAdam, flatten_parameters
 
@@ -532,7 +532,7 @@ def test_update_equals_autograd_with_torch_optim_adam(double, dueling, loss, max
 @torch.no_grad()
 def test_compiled_updates_equal_eager_ones_and_compile_once():
     results = []
-    for wrap in (lambda update, *_: update, runs.compile_function):
+    for wrap in (lambda update, *_: update, compute.compile_function):
         args = dqn.Args(learning_rate=1e-3, max_grad_norm=1.0, **ALL)
         agent = make_agent(**ALL)
         critic, target = map(flatten_parameters, (agent.critic, agent.target))
@@ -802,10 +802,10 @@ def test_atari_trains_resumes_and_evaluates(tmp_path, monkeypatch):
     assert run_script("dqn_atari.py", "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent = dqn.load_agent(tmp_path / "r")
     assert int(agent.act(np.zeros((4, 84, 84), np.uint8))) in range(4)
-    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(arguments.signal, "signal", lambda *_: None)
     for mode in ("--evaluate", "--resume"):
         monkeypatch.setattr(sys, "argv", ["dqn_atari.py", mode, "r", "--eval-e", "0.5"])
-        assert runs.parse_args(dqn.Args, dqn.SCRIPT)[0].eval_e == 0.5
+        assert arguments.parse_args(dqn.Args, dqn.SCRIPT)[0].eval_e == 0.5
 
 
 def test_evaluation_acts_at_random_as_often_as_it_says(monkeypatch):

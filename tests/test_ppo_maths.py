@@ -16,13 +16,8 @@ from torch.distributions.transforms import TanhTransform
 
 import ppo_continuous
 import ppo_discrete
-from common.tensors import (
-    FlatAdam,
-    RunningStatistics,
-    discounted_returns,
-    flatten_parameters,
-    to_numpy,
-)
+from common.compute import to_numpy
+from common.tensors import FlatAdam, RunningStatistics, discounted_returns, flatten_parameters
 
 BOX = gym.spaces.Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
 BUTTONS = gym.spaces.Discrete(3, start=-1)
@@ -307,7 +302,7 @@ def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once(options):
         optimizer = FlatAdam(parameters, eps=1e-5)
         args = ppo.Args(ent_coef=0.01, learning_rate=1e-3, compile=compiled)
         update = ppo.make_update(agent, optimizer, args)
-        update = ppo.runs.compile_function(update, args, torch.device("cpu"))
+        update = ppo.compute.compile_function(update, args, torch.device("cpu"))
         torch._dynamo.utils.counters.clear()  # of the compiler's trial
         batch = random_batch(ppo, 320)
         for i in range(50):  # rate and statistics change, the graph does not

@@ -19,7 +19,7 @@ from conftest import ROOT, assert_same, command, flags, run_script, scalars
 
 import ppo_continuous
 import ppo_discrete
-from common import envs, runs
+from common import compute, envs
 from common.checkpoint import load_checkpoint
 
 SHORT = {"num_envs": 1, "num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
@@ -97,7 +97,7 @@ def record_updates(monkeypatch, ppo) -> list:
 
         return update
 
-    monkeypatch.setattr(runs, "compile_function", wrap)
+    monkeypatch.setattr(compute, "compile_function", wrap)
     return seen
 
 

@@ -22,7 +22,7 @@ from conftest import (
 
 import dqn_atari as dqn
 import sac_continuous as sac
-from common import envs, runs
+from common import arguments, compute, envs, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import ReturnStatistics
 from ppo_continuous import Args, train
@@ -189,7 +189,7 @@ def test_ctrl_c_while_compiling_says_how_to_go_on(monkeypatch, capsys):
 
     args = Args(env_id="Pendulum-v1", total_timesteps=640, run_dir="r", **SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "compile_function", compile_function)
+        patch.setattr(compute, "compile_function", compile_function)
         with pytest.raises(SystemExit) as stopped:
             train(args)
     said = capsys.readouterr()
@@ -261,9 +261,9 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     told = "error: --total-timesteps 64: the run is at step 128\n"
     assert stop.value.code == 2 and capsys.readouterr().err == told
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", "r/best.pt"])
-    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(arguments.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
-        runs.parse_args(script.Args, script.SCRIPT)
+        arguments.parse_args(script.Args, script.SCRIPT)
     assert "--resume r/best.pt: takes the run's folder" in capsys.readouterr().err
 
 

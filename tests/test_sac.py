@@ -26,9 +26,10 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import sac_continuous as sac
-from common import envs, runs
+from common import compute, envs
 from common.checkpoint import load_checkpoint
-from common.tensors import FlatAdam, flatten_parameters, to_numpy
+from common.compute import to_numpy
+from common.tensors import FlatAdam, flatten_parameters
 
 BOX = gym.spaces.Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
 SLOW = [
@@ -307,7 +308,7 @@ def test_updates_equal_autograd_with_torch_optim_adam(autotune):
 @torch.no_grad()
 def test_compiled_updates_equal_eager_ones_and_compile_once():
     results = []
-    for wrap in (lambda update, *_: update, runs.compile_function):
+    for wrap in (lambda update, *_: update, compute.compile_function):
         learner = Learner(wrap)
         torch._dynamo.utils.counters.clear()
         for indices, noise in draws(12):
@@ -421,7 +422,7 @@ def test_actions_are_uniform_over_the_bounds_until_learning_starts(monkeypatch):
 
 def test_noise_is_normal_and_never_used_twice(monkeypatch):
     """Of actions, of the critic's targets and of each of the actor's updates on the same batch."""
-    noises, to_numpy = {"act": [], "critic": [], "actor": []}, sac.tensors.to_numpy
+    noises, to_numpy = {"act": [], "critic": [], "actor": []}, sac.compute.to_numpy
 
     def make_updates(*_):
         def update_critic(*inputs):
@@ -634,7 +635,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
 def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, capsys):
     """Which it does with the policy it has, not at random."""
     log, _, _ = record(monkeypatch)
-    send, to_numpy, acted = envs.Environments.send, sac.tensors.to_numpy, []
+    send, to_numpy, acted = envs.Environments.send, sac.compute.to_numpy, []
 
     def spied(function, *examples):
         act = to_numpy(function, *examples)

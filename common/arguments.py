@@ -1,0 +1,116 @@
+"""Arguments: from the command line or from a run, and whether they can work."""
+
+import argparse
+import dataclasses
+import math
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import tyro
+
+from common import atari, fail, failing
+from common.runs import load_run
+
+# what may be given anew; everything else comes from the run
+ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
+ANEW["resume"] = (
+    "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
+)
+# what a number must be, by its name
+RANGES = {
+    (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
+    "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
+    "policy_frequency target_network_frequency train_frequency log_every",
+    (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
+    "learning_starts num_threads priority_alpha",
+    (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
+    "sticky_actions priority_beta",
+    (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
+    "alpha",
+}
+# flags that have no effect without another
+EFFECTIVE_WITH = {"lr_schedule": "anneal_lr", "alpha": "no_autotune"}
+EFFECTIVE_WITH |= {"priority_alpha": "prioritized", "priority_beta": "prioritized"}
+
+
+def flag(name: str) -> str:
+    """Spell an argument as on the command line: `num_envs` is `--num-envs`."""
+    return "--" + name.replace("_", "-")
+
+
+def require(condition: bool, args, name: str, need: str) -> None:
+    """End with one line, as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
+    if not condition:
+        fail(f"{flag(name)} {getattr(args, name)}: must {need}")
+
+
+def check_ranges(args) -> None:
+    """End with one line if a number is out of its range, or the run could not begin."""
+    new = args.resume is None and args.evaluate is None
+    if new and args.run_dir and Path(args.run_dir).exists():
+        resume = Path(args.run_dir, "checkpoint.pt").exists()
+        what = (
+            f"--resume {args.run_dir} continues it" if resume else "there is no run to resume in it"
+        )
+        fail(f"--run-dir {args.run_dir}: it exists already; {what}")
+    folder = Path(args.run_dir or "runs/new").absolute()
+    above = next(path for path in folder.parents if os.path.exists(path))
+    if new and not os.access(above, os.W_OK | os.X_OK):
+        fail(f"--run-dir {folder}: nothing can be written into {above}")
+    for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, name) and (name != "track" or args.evaluate is None):
+            with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):
+                import_module(package)
+    for (low, high, need), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            for x in value if isinstance(value, tuple) else [value] * (value is not None):
+                require(low <= x <= high and x < math.inf, args, name, f"be {need}")
+    for name, other in EFFECTIVE_WITH.items():
+        if new and getattr(args, name, None) != getattr(type(args), name, None):
+            switch = other.removeprefix("no_")
+            on = getattr(args, switch, switch == other) == (switch == other)
+            require(on, args, name, f"go with {flag(other)}")
+
+
+def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:
+    """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # until there is a run
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    game = atari.find_game(parser.parse_known_args()[0].env_id)
+    args = tyro.cli(args_class, default=args_class(**atari_defaults or {}) if game else None)
+    if args.resume is not None and args.evaluate is not None:
+        fail("--resume and --evaluate exclude each other")
+    if args.render and args.evaluate is None:
+        fail("--render goes with --evaluate")
+    mode = "resume" if args.resume is not None else "evaluate"
+    if (run_dir := getattr(args, mode)) is None:
+        return args, None
+    tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
+    given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
+    allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
+    if refused := given - allowed:
+        refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
+        fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
+    if {"render", "capture_video"} <= given:
+        fail("--render and --capture-video exclude each other")
+    if mode == "resume" and Path(run_dir).is_file():
+        fail(f"--resume {run_dir}: takes the run's folder")
+    checkpoint = load_run(run_dir, script)
+    if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
+        print("trained on CUDA, evaluated on the CPU: it rounds differently")
+        checkpoint["device"] = "cpu"
+    with failing(f"{run_dir} was made by a script with other arguments", TypeError):
+        stored = args_class(**checkpoint["args"])
+    if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
+        for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
+            if getattr(stored, schedule, False):
+                fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
+    anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
+    anew["device"] = checkpoint["device"]  # not auto: a GPU may have come or gone
+    return dataclasses.replace(stored, **anew), checkpoint
