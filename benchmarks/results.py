@@ -135,6 +135,7 @@ def _find(path: Path) -> dict[Path, Result]:
     A run with a CSV file beside its folder is read from that; what was set aside does not count.
     """
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
+    files = [x for x in files if x == path or x.with_suffix(".json").exists()]  # others' are not
     found = {file: read_csv(file) for file in files}
     for run_dir in (file.parent for file in sorted(path.rglob("config.json"))):
         if run_dir.suffix != UNUSABLE and run_dir.with_name(f"{run_dir.name}.csv") not in found:

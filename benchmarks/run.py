@@ -83,7 +83,8 @@ class Job:
 
     def made_by(self) -> dict | None:
         """Return what made the run folder, or the results that are left of it."""
-        for path in (self.run_dir / "config.json", self.path(".json")):
+        left = [self.path(".json")] if self.path(".csv").exists() else []
+        for path in (self.run_dir / "config.json", *left):
             try:
                 config = json.loads(path.read_text())
                 return config | {"command": results.command(config, results.FREE)}
@@ -115,6 +116,9 @@ class Job:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.state = "elsewhere"
+                return
+            if words := self.foreign():
+                self.fail(words)
                 return
             self.resumed = (self.run_dir / "checkpoint.pt").exists() and bool(self.made_by())
             words = self.command()

@@ -103,7 +103,7 @@ class Run:
         if checkpoint is None:
             self.save(0)
 
-    def _lock(self) -> None:  # as long as the process lives
+    def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / "lock").open("w")
         try:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,6 +172,7 @@ class Run:
         finally:
             self.bar.close()
             self.writer.close()
+            self._locked.close()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if error is None and self.step == self.last_step:

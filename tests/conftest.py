@@ -89,7 +89,7 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
 # imports once what takes seconds, then forks a process for every line of [script, words, cwd, path]
 FORK = """
 import json, os, runpy, sys
-import common.runs, common.tensors, gymnasium.envs.mujoco.mujoco_env, torch._inductor
+import common.arguments, common.tensors, gymnasium.envs.mujoco.mujoco_env, torch._inductor
 for line in sys.stdin:
     script, words, cwd, path = json.loads(line)
     if not (child := os.fork()):

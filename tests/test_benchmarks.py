@@ -60,7 +60,7 @@ def test_the_readmes_tables_and_commands_are_those_that_the_results_give(suite):
 
 
 def test_the_readmes_other_figures_are_those_of_the_committed_files():
-    readme = (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
     for name, words in (
         ("tutorial_50k", "After 50,000 steps, seeds 1 to 10:"),
         ("tutorial_50k_bf16", "with `--bf16`"),
@@ -68,13 +68,13 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     ):
         (found,) = results.read_folder(results.FOLDER / name).values()
         *others, last = (f"{result.config['evaluation']['return']:,.0f}" for result in found)
-        assert f"{words} {', '.join(others)} and {last}" in " ".join(readme.split())
+        assert f"{words} {', '.join(others)} and {last}" in readme
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4").values()
     humanoid = np.mean([result.last().mean() for result in found])
     assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4_cleanrl").values()
     a, b = (result.last().mean() for result in found)
-    assert f"returns {a:.0f} and {b:.0f} (seeds 1 and 2," in " ".join(readme.split())
+    assert f"returns {a:.0f} and {b:.0f} on Humanoid-v4 (seeds 1 and 2," in readme
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
@@ -91,7 +91,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     assert later == [{500}] * 5 and f"between {min(least):.0f} and 500" in readme
     measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())["mib"]
     *_, full, later = measured.values()
-    assert f"{full:,} MiB of memory, and\n{later:,} after" in readme
+    assert f"{full:,} MiB of memory, and {later:,} after" in readme
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_files():
@@ -459,6 +459,15 @@ def test_plot_does_without_rliable_and_without_published_values(suite, capsys, m
     write_result(make_result("My-v1", 1, 3.0, episodes=0), Path("runs/benchmarks/mine"))
     plots.plot(("mine",))
     assert_picture(Path("runs/benchmarks/mine.png"))
+    for seed, gamma in ((1, 0.9), (2, 0.99)):
+        result = make_result("My-v0", seed)
+        result.config["args"]["gamma"] = gamma
+        write_result(result, Path("runs/benchmarks/mixed"))
+    capsys.readouterr()
+    plots.plot()  # all, but for what cannot be drawn
+    said = capsys.readouterr()
+    assert "mine.png shows these results already" in said.out
+    assert "error: runs/benchmarks/mixed has runs of My-v0 that differ" in said.err
     with pytest.raises(SystemExit):
         plots.plot(("nothing",))
 
@@ -954,6 +963,9 @@ def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is
         run.run("tiny")
     assert f"{folder / '2'} was made by another command: python" in capsys.readouterr().err
     assert not (folder / "1").exists()
+    job = run.Job(*suites.SUITES["tiny"].runs[0], 2, folder.parent)
+    job.start(1)  # also where another runner made it while this one ran
+    assert job.state == "failed" and "was made by another command" in job.error
     (folder / "2").rename(folder / "2.2.unusable")  # the first free number is taken
     shutil.copytree(undisturbed / "2", folder / "2")
     job = run.Job(*TINY.runs[0], 2, folder.parent)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number and "Traceback" not in err
-    assert f"python {script} --resume r" in out
+    assert shlex.join(["python", str(ROOT / script), "--resume", "r"]) in out
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
     assert step > 0 and f"stopped at step {step:,}" in out
     more = run(script, "--resume", "r", "--total-timesteps", step + 128, cwd=tmp_path).stdout
@@ -326,12 +327,12 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
 def test_a_run_is_not_trained_by_two_processes_at_once(capsys):
     args = Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT)
     train(args)
-    hold = "import fcntl, sys; file = open('r/lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold = "import fcntl, sys; file = open('r/lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
     hold += "print(flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     checkpoint = load_checkpoint("r/checkpoint.pt") | {"finished": False}
     with subprocess.Popen([sys.executable, "-c", hold], **pipes) as other:
-        other.stdout.readline()
+        assert other.stdout.readline() == b"\n"
         with pytest.raises(SystemExit) as stop:
             train(dataclasses.replace(args, resume="r"), dict(checkpoint))
         assert stop.value.code == 2

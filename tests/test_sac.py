@@ -445,7 +445,7 @@ def test_noise_is_normal_and_never_used_twice(monkeypatch):
         return spy
 
     monkeypatch.setattr(sac, "make_updates", make_updates)
-    monkeypatch.setattr(sac.tensors, "to_numpy", spied)
+    monkeypatch.setattr(sac.compute, "to_numpy", spied)
     sac.train(sac.Args(env_id="Pendulum-v1", **SHORT | {"num_envs": 8, "total_timesteps": 2100}))
     assert [len(draws) for draws in noises.values()] == [250, 1996, 1996]
     assert len({x.numpy().tobytes() for draws in noises.values() for x in draws}) == 4242
@@ -653,7 +653,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
         with pytest.raises(RuntimeError, match="power cut"):
             sac.train(args)
     log.clear()
-    monkeypatch.setattr(sac.tensors, "to_numpy", spied)
+    monkeypatch.setattr(sac.compute, "to_numpy", spied)
     sac.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
     assert len(acted) == 200
     assert (
