@@ -104,7 +104,7 @@ class Run:
             self.save(0)
 
     def _lock(self) -> None:  # until the run ends, or its process
-        self._locked = (self.dir / "lock").open("w")
+        self._locked = (self.dir / ".lock").open("w")
         try:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

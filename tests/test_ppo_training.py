@@ -399,7 +399,7 @@ def test_the_run_folder_holds_what_it_should(tmp_path, ppo):
     run_script(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"{simple(ppo)}__{ppo.SCRIPT}__1__")
-    names = {path.name.split(".")[0] for path in folder.iterdir()}
+    names = {path.name.split(".")[0] for path in folder.iterdir() if path.name != ".lock"}
     assert names == {"best", "checkpoint", "config", "events"}
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["num_envs"] == 2 and config["num_threads"] == 1

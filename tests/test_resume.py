@@ -327,8 +327,8 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
 def test_a_run_is_not_trained_by_two_processes_at_once(capsys):
     args = Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT)
     train(args)
-    hold = "import fcntl, sys; file = open('r/lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
-    hold += "print(flush=True); sys.stdin.read()"
+    hold = "import fcntl, sys; file = open('r/.lock', 'w'); "
+    hold += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); print(flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     checkpoint = load_checkpoint("r/checkpoint.pt") | {"finished": False}
     with subprocess.Popen([sys.executable, "-c", hold], **pipes) as other:
