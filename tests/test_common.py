@@ -761,7 +761,7 @@ def test_a_renderer_that_works_is_chosen(monkeypatch, works, given, chosen):
     assert envs.os.environ.get("MUJOCO_GL") == chosen
 
 
-@pytest.mark.parametrize("bound", [np.inf, np.finfo(np.float32).max, 1e300])
+@pytest.mark.parametrize("bound", [np.inf, float(np.finfo(np.float32).max), 1e300])
 def test_bounds_that_tanh_cannot_be_scaled_to_are_refused(monkeypatch, capsys, bound):
     space = gym.spaces.Box(-bound, bound, (1,), np.float64)
     monkeypatch.setattr(toy_envs.Counter, "action_space", space)
