@@ -384,6 +384,17 @@ def test_an_evaluation_is_described_by_mean_deviation_and_least():
     assert runs.describe([1.0, 3.0], [10, 20]) == said
 
 
+def test_the_fingerprint_of_code_is_of_the_script_and_common_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "common" / "provenance.py"))
+    (tmp_path / "common").mkdir()
+    seen = []
+    for path in ("mine.py", "common/envs.py", "mine.py", "other.py", "README.md"):
+        with (tmp_path / path).open("a") as file:
+            file.write("1")
+        seen.append(provenance.code("mine"))
+    assert len(set(seen[:3])) == 3 and seen[2] == seen[3] == seen[4]
+
+
 def test_the_commit_of_a_run_says_if_scripts_had_changed_or_were_new(tmp_path, monkeypatch):
     def git(*words):
         done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, check=True)
