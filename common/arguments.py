@@ -75,6 +75,9 @@ def check_ranges(args) -> None:
             switch = other.removeprefix("no_")
             on = getattr(args, switch, switch == other) == (switch == other)
             require(on, args, name, f"go with {flag(other)}")
+    if new and getattr(args, "minibatch_size", None) is not None:
+        default = args.num_minibatches == type(args).num_minibatches
+        require(default, args, "num_minibatches", "not go with --minibatch-size")
 
 
 def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:

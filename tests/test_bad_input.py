@@ -27,6 +27,7 @@ CASES = {
     "--num-minibatches 2048": "divide a rollout's 2048 samples, 2 or more in each",
     "--minibatch-size 1": "from 2 to 2048",
     "--minibatch-size 4096": "from 2 to 2048",
+    "--minibatch-size 64 --num-minibatches 4": "--num-minibatches 4: must not go with",
     "--update-epochs 0": "at least 1",
     "--learning-rate 0": "above 0",
     "--learning-rate nan": "--learning-rate",

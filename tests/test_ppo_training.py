@@ -382,6 +382,8 @@ def test_every_option_trains(monkeypatch, ppo, options):
     seen = record_updates(monkeypatch, ppo)
     if ppo is ppo_continuous and "ent_coef" in options:
         options = options | {"squash": True}
+    if "minibatch_size" in options:  # in place of the number
+        options = options | {"num_minibatches": ppo.Args.num_minibatches}
     ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **SHORT | options))
     if "target_kl" in options:
         assert len(seen) == 10 * 4 * (1 if options["target_kl"] < 1 else 2)  # epochs
