@@ -31,7 +31,9 @@ from common import arguments
 from common.checkpoint import load_checkpoint
 
 COMMITTED = [
-    name for name in (*suites.SUITES, "pong_1m", "dqn_pong_1m") if (results.FOLDER / name).is_dir()
+    name
+    for name in (*suites.SUITES, "pong_1m", "dqn_pong_1m", "dqn_pong_2m")
+    if (results.FOLDER / name).is_dir()
 ]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
@@ -75,6 +77,18 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4_cleanrl").values()
     a, b = (result.last().mean() for result in found)
     assert f"returns {a:.0f} and {b:.0f} on Humanoid-v4 (seeds 1 and 2," in readme
+    pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
+    late = pong.returns[pong.steps > 1_750_000].mean()
+    assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
+    with results.PUBLISHED.open() as file:
+        known = [x for x in csv.DictReader(file) if x["source"].startswith("Dopamine")]
+    for row in known:
+        seeds = [float(x) for x in row["what"].split(": ")[1].split(" (")[0].split()]
+        assert np.mean(seeds) == pytest.approx(float(row["mean"]), abs=0.01)
+        assert np.std(seeds) == pytest.approx(float(row["std"]), abs=0.01)
+        if row["env_id"].startswith("Pong"):
+            about = f"{np.mean(seeds):.1f} ± {np.std(seeds):.1f} (its published curves; five seeds"
+            assert f"{about} from {min(seeds):.1f} to {max(seeds):.1f})" in readme
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
