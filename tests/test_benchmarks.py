@@ -88,7 +88,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         assert np.std(seeds) == pytest.approx(float(row["std"]), abs=0.01)
         if row["env_id"].startswith("Pong"):
             about = f"{np.mean(seeds):.1f} ± {np.std(seeds):.1f} (its published curves; five seeds"
-            assert f"{about} from {min(seeds):.1f} to {max(seeds):.1f})" in readme
+            assert f"{about} from {min(seeds):.1f} to {max(seeds):.1f}; Castro et al." in readme
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
