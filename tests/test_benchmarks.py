@@ -82,13 +82,15 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
     with results.PUBLISHED.open() as file:
         known = [x for x in csv.DictReader(file) if x["source"].startswith("Dopamine")]
+    assert [row["env_id"] for row in known] == ["PongNoFrameskip-v0", "BreakoutNoFrameskip-v0"]
     for row in known:
         seeds = [float(x) for x in row["what"].split(": ")[1].split(" (")[0].split()]
+        assert len(seeds) == 5
         assert np.mean(seeds) == pytest.approx(float(row["mean"]), abs=0.01)
         assert np.std(seeds) == pytest.approx(float(row["std"]), abs=0.01)
         if row["env_id"].startswith("Pong"):
-            about = f"{np.mean(seeds):.1f} ± {np.std(seeds):.1f} (its published curves; five seeds"
-            assert f"{about} from {min(seeds):.1f} to {max(seeds):.1f}; Castro et al." in readme
+            assert f"has there {np.mean(seeds):.1f} ± {np.std(seeds):.1f} (`baselines" in readme
+            assert f"five seeds, from {min(seeds):.1f} to {max(seeds):.1f})" in readme
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
