@@ -280,7 +280,7 @@ class Replay:
         gone = self.num_frames - self.capacity
         while self.oldest < self.num_rows and self.needs[self.oldest % len(self.needs)] <= gone:
             self.oldest += 1
-        if self.args.prioritized:
+        if self.args.prioritized and before < self.oldest:
             self._prioritize(before, self.oldest, torch.zeros_like(self.max_priority))
 
     def _prioritize(self, start: int, stop: int, priority: torch.Tensor) -> None:
@@ -380,7 +380,7 @@ def td_loss(q, target, weight, loss: str) -> torch.Tensor:
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update`, a gradient step in place that returns METRICS and the errors [B].
 
-    It is one graph, once compiled, that calls the network with pieces of `critic` and `target`.
+    One graph, once compiled; only what `functional` calls has a gradient, not `agent` itself.
     """
     critic_net = tensors.functional(agent.critic, args.bf16)
 
@@ -470,8 +470,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
             run.require_finite("the loss", critic)
             run.episodes(environments.finished_episodes())
-            losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
-            run.scalars(dict(zip(METRICS, losses)) | {"charts/epsilon": epsilon}, global_step)
+            means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
+            run.scalars(means | {"charts/epsilon": epsilon}, global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
@@ -488,7 +488,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
     tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_()
+    return agent.requires_grad_().eval()
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
 
 
 def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability (density) of stored actions, and entropy, under a policy; each [B]."""
+    """Log-probability of stored actions, and entropy, under a policy; each [B]."""
     mean, log_std, squash = policy
     log_prob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
@@ -214,7 +214,7 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16); arrays are [T, N].
+    """Generalised advantage estimates (detail 5; Schulman et al. 2016, equation 16); all [T, N].
 
     next_values[t] is the value of the observation that step t really led to, also at a truncation;
     at a termination it does not count. Both cut the sum over lambda.
@@ -251,7 +251,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    It is one graph, once compiled, that calls `agent` with pieces of `parameters` as weights.
+    One graph, once compiled; only what `functional` calls has a gradient, not `agent` itself.
     """
 
     def loss(parameters, obs, actions, *rest):
@@ -361,7 +361,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
             run.require_finite("the loss", parameters)
-            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 
@@ -387,7 +387,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_statistics.mean"].shape, action_space, args).to(device)
     tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_()
+    return agent.requires_grad_().eval()
 
 
 if __name__ == "__main__":

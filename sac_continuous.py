@@ -213,8 +213,8 @@ class Replay:
     def latest(self, count: int) -> torch.Tensor:
         """Return, flat, obs, reward and next obs of the last `count` rows, and the obs now."""
         rows = self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
-        parts = *rows.split(self.columns, 1)[::2], self.shown.to(rows.device)
-        return torch.cat([part.flatten() for part in parts])
+        obs, _, reward, _, next_obs = rows.split(self.columns, 1)
+        return torch.cat([x.flatten() for x in (obs, reward, next_obs, self.shown.to(obs.device))])
 
     def state_dict(self) -> dict:
         """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
@@ -248,12 +248,12 @@ def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -
 
     A termination does not bootstrap; a time limit does, from the episode's real last state.
     """
-    return reward + gamma * (1 - termination) * (next_q.min(0).values - alpha * next_log_prob)
+    return reward + gamma * (1 - termination) * (next_q.amin(0) - alpha * next_log_prob)
 
 
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Equation 7: minus the soft value: the smaller Q-value of both [2, B], and the entropy."""
-    return (alpha * log_prob - q.min(0).values).mean()
+    return (alpha * log_prob - q.amin(0)).mean()
 
 
 def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: float):
@@ -264,15 +264,15 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
 
-    Each is one graph, once compiled. Noise is an input: drawn inside, it would not be `rng`'s.
+    One graph each, once compiled; only what `functional` calls has a gradient, not `agent` itself.
+    Noise is an input: drawn inside, it would not be `rng`'s.
     """
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 
     def update_critic(critic, target, actor, log_alpha, rows, indices, noise):
         obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
-        policy, alpha = gaussian(actor_net(actor, next_obs)), log_alpha.exp()
-        next_action, log_prob = sample_with_log_prob(policy, noise)
-        next_q = critic_net(target, next_obs, next_action)
+        next_action, log_prob = sample_with_log_prob(gaussian(actor_net(actor, next_obs)), noise)
+        next_q, alpha = critic_net(target, next_obs, next_action), log_alpha.exp()
         y = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
         def loss(critic):
@@ -370,8 +370,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
             run.require_finite("the loss", critic, actor, log_alpha)
             run.episodes(environments.finished_episodes())
-            losses = torch.stack(metrics).mean(0).tolist() if metrics else ()
-            run.scalars(dict(zip(METRICS, losses)), global_step)
+            means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
+            run.scalars(means, global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
@@ -388,7 +388,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
     tensors.flatten_parameters(agent.actor)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_()
+    return agent.requires_grad_().eval()
 
 
 if __name__ == "__main__":

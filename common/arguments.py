@@ -20,6 +20,8 @@ ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
 ANEW["resume"] = (
     "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
 )
+# what schedules over the whole run belong to: it cannot become longer
+SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name
 RANGES = {
     (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
@@ -111,7 +113,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     with failing(f"{run_dir} was made by a script with other arguments", TypeError):
         stored = args_class(**checkpoint["args"])
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
-        for schedule in ("anneal_lr", "exploration_fraction", "prioritized"):
+        for schedule in SCHEDULES:
             if getattr(stored, schedule, False):
                 fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}

@@ -35,7 +35,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a dozen types: cut short, not a zip file, a refused class, ...
-        fail(f"{path} is empty, damaged or not a checkpoint ({error!r:.80})")
+        why = repr(error).rpartition("error: ")[2]  # without the advice to load it all the same
+        fail(f"{path} is empty, damaged or not a checkpoint ({why:.80})")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         fail(f"{path} is a PyTorch file, but not a checkpoint of these scripts")
     if content["version"] != VERSION:

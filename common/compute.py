@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from types import FunctionType
 
@@ -75,6 +76,7 @@ def setup_torch(args, faster: str) -> torch.device:
     torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
+        warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler's advice to take it
     return device
 
 
@@ -93,9 +95,8 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
             torch.compile(lambda x: x + 1, fullgraph=True, options=options)(x)
         except Exception as error:  # its type depends on the version; it is not about `function`
             args.compile = False
-            advice = " (no compiler? apt install g++ python3-dev)" * (device.type == "cpu")
             why = str(error).partition("\n")[0] or repr(error)
-            print(f"running eagerly{advice}: {why:.200}")
+            print(f"running eagerly (no compiler? apt install g++ python3-dev): {why:.200}")
     if not args.compile:
         return function
     inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state

@@ -112,8 +112,8 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple:
         """Step all; return obs, rewards, terminated, truncated, each [N, ...], and infos.
 
-        An end that is both counts as terminated; infos["over"] tells all ends but those of Atari's
-        lives. The next step overwrites `obs`: copy it.
+        An end that is both counts as terminated. The next step overwrites `obs`: copy it. Of infos
+        only final_obs is kept, and "over": all ends but those of Atari's lives.
         """
         self.send(actions)
         return self.recv()

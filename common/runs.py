@@ -72,6 +72,7 @@ class Run:
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
+        self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
         history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
         history |= checkpoint or {}
         self.step = self.first_step = history["global_step"]
@@ -102,6 +103,7 @@ class Run:
         self._introduce()
         if checkpoint is None:
             self.save(0)
+            load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is found now, not later
 
     def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / ".lock").open("w")
@@ -221,7 +223,9 @@ class Run:
 
     def evaluate(self, agent: torch.nn.Module, step: int) -> None:
         """Evaluate, log, and save the agent to best.pt if it never was as good."""
+        agent.eval()
         returns, lengths = envs.play(agent.act, self.args, self.dir)
+        agent.train()
         mean = float(np.mean(returns))
         self.scalars({"eval/episodic_return": mean, "eval/episodic_length": np.mean(lengths)}, step)
         if step == self.last_step:
@@ -262,8 +266,7 @@ class Run:
         self.saved = step
 
     def _write(self, name: str, state: dict) -> None:
-        about = {"script": self.script, "args": vars(self.args), "device": self.device}
-        save_checkpoint(self.dir / name, about | state)
+        save_checkpoint(self.dir / name, self.about | state)
 
     def require_finite(self, what: str, *values: np.ndarray | torch.Tensor) -> None:
         """End a run gone wrong, which leaves its last good checkpoint."""

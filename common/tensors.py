@@ -63,8 +63,12 @@ class ReturnStatistics(RunningStatistics):
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
     """Return a vector [P] with the parameters of `module`, which become views of it.
 
-    Differentiate with respect to it; the parameters themselves no longer require gradients.
+    Differentiate with respect to it; the parameters themselves no longer require gradients. They
+    follow each other as in named_parameters(), a module's own before its children's. ValueError if
+    one is frozen, which would be trained, or a view of another vector, which would lose it.
     """
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError("a parameter is frozen, or part of another vector already")
     flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
     for name, view in unflatten(flat, module).items():
         module.get_parameter(name).data = view
@@ -83,15 +87,16 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
     """Return `module` as a function of a vector of its parameters [P] and of its inputs.
 
     With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
-    Its outputs are float32 all the same.
+    What it returns is float32 all the same. There is no gradient through `module` itself: a loss
+    calls what is to learn through this, or takes it from the vector.
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
         if not bf16:
             return functional_call(module, unflatten(parameters, module), inputs)
         with torch.autocast(parameters.device.type, torch.bfloat16):
-            outputs = functional_call(module, unflatten(parameters, module), inputs)
-        return tree_map_only(torch.Tensor, lambda x: x.float(), outputs)
+            out = functional_call(module, unflatten(parameters, module), inputs)
+        return tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, out)
 
     return call
 
@@ -139,4 +144,4 @@ def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
     high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # both may be one number
+    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # which may have crossed

@@ -1,0 +1,132 @@
+"""What a reader's change meets: it works, or says at once why it cannot."""
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import PPO, each_case, scalars
+
+import ppo_continuous
+import sac_continuous
+from common import runs
+from common.checkpoint import load_checkpoint
+from common.tensors import flatten_parameters, functional
+
+PENDULUM = PPO | {"env_id": "Pendulum-v1", "compile": False, "total_timesteps": 128}
+PENDULUM |= {"eval_episodes": 1}
+
+
+def test_a_frozen_parameter_is_not_trained_unasked():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    module[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        flatten_parameters(module)
+
+
+def test_two_networks_do_not_take_an_encoder_from_each_other():
+    encoder = nn.Linear(3, 4)
+    actor = nn.Sequential(encoder, nn.Linear(4, 2))
+    flat = flatten_parameters(actor)
+    with pytest.raises(ValueError, match="another vector"):
+        flatten_parameters(nn.Sequential(encoder, nn.Linear(4, 1)))
+    flat.zero_()
+    assert not encoder.weight.any()  # it is still the first one's
+
+
+def test_what_is_no_floating_point_number_stays_what_it_is():
+    class Choice(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y > 0, y.argmax(-1)
+
+    module = Choice(3, 4)
+    values, mask, best = functional(module, bf16=True)(flatten_parameters(module), torch.ones(2, 3))
+    assert (values.dtype, mask.dtype, best.dtype) == (torch.float32, torch.bool, torch.int64)
+
+
+@each_case
+def test_agents_are_evaluated_as_such(script, options, monkeypatch):
+    """Dropout, say, is then off; and learns on afterwards."""
+    modes, play = [], runs.envs.play
+
+    def spy(act, *rest):
+        modes.append(act.__self__.training)
+        learning.add(act.__self__)
+        return play(act, *rest)
+
+    learning: set[nn.Module] = set()
+    monkeypatch.setattr(runs.envs, "play", spy)
+    options = options | {"compile": False, "total_timesteps": 128, "eval_episodes": 1}
+    script.train(script.Args(**options, eval_every=64, run_dir="r"))
+    assert len(modes) > 1 and not any(modes)
+    assert all(agent.training for agent in learning)
+    assert not script.load_agent("r").training
+
+
+def test_dropout_is_off_in_evaluations_and_they_repeat_themselves(monkeypatch):
+    def mlp(*sizes):
+        layers = [nn.Linear(sizes[0], 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, sizes[-1])]
+        return ppo_continuous.tensors.Network(*layers)
+
+    monkeypatch.setattr(ppo_continuous, "mlp", mlp)
+    ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r"))
+    agent, obs = ppo_continuous.load_agent("r"), np.ones(3, np.float32)
+    assert all(agent.act(obs) == agent.act(obs) for _ in range(20))
+    agent.train()
+    assert any(agent.act(obs) != agent.act(obs) for _ in range(20))
+
+
+@each_case
+def test_a_metric_without_a_name_is_not_dropped(script, options, monkeypatch):
+    monkeypatch.setattr(script, "METRICS", script.METRICS[:-1])
+    options = options | {"compile": False, "total_timesteps": 128, "target_kl": None}
+    options = {name: x for name, x in options.items() if hasattr(script.Args, name)}
+    with pytest.raises(ValueError, match="zip"):
+        script.train(script.Args(**options, run_dir="r"))
+
+
+@pytest.mark.parametrize("kept", [np.float64(1), np.zeros(2), deque([1])], ids=type)
+def test_what_a_checkpoint_cannot_give_back_is_said_at_the_start(kept, monkeypatch, capsys):
+    state_dict = ppo_continuous.tensors.FlatAdam.state_dict
+    monkeypatch.setattr(
+        ppo_continuous.tensors.FlatAdam,
+        "state_dict",
+        lambda self, *rest, **named: state_dict(self, *rest, **named) | {"kept": kept},
+    )
+    with pytest.raises(SystemExit):
+        ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Unsupported global" in line and type(kept).__module__.split(".")[0] in line
+
+
+def test_arguments_are_kept_as_the_run_began_with_them(monkeypatch):
+    args = sac_continuous.Args(
+        env_id="Pendulum-v1", total_timesteps=60, learning_starts=20, log_every=20, batch_size=8,
+        hidden_sizes=(8,), compile=False, eval_episodes=1, run_dir="r",
+    )  # fmt: skip
+    progress = runs.Run.progress
+
+    def decay(self, step):
+        args.q_lr *= 0.5
+        progress(self, step)
+
+    monkeypatch.setattr(runs.Run, "progress", decay)
+    sac_continuous.train(args)
+    assert args.q_lr < 1e-3 == load_checkpoint(Path("r/checkpoint.pt"))["args"]["q_lr"]
+
+
+def test_a_new_name_of_a_metric_is_logged(monkeypatch):
+    loss = ppo_continuous.ppo_loss
+
+    def more(*inputs):
+        value, metrics = loss(*inputs)
+        return value, torch.cat((metrics, metrics[:1] * 2))
+
+    monkeypatch.setattr(ppo_continuous, "ppo_loss", more)
+    monkeypatch.setattr(ppo_continuous, "METRICS", [*ppo_continuous.METRICS, "twice_loss"])
+    logged = scalars(ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r")))
+    first, second = ([x[-1] for x in logged[f"losses/{name}"]] for name in ("loss", "twice_loss"))
+    np.testing.assert_allclose(np.multiply(first, 2), second, rtol=1e-6)
