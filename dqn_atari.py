@@ -380,7 +380,7 @@ def td_loss(q, target, weight, loss: str) -> torch.Tensor:
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update`, a gradient step in place that returns METRICS and the errors [B].
 
-    One graph, once compiled; only what `functional` calls has a gradient, not `agent` itself.
+    It is one graph, once compiled. Weights learn only where `functional` calls them.
     """
     critic_net = tensors.functional(agent.critic, args.bf16)
 

@@ -251,7 +251,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    One graph, once compiled; only what `functional` calls has a gradient, not `agent` itself.
+    It is one graph, once compiled. Weights learn only where `functional` calls them.
     """
 
     def loss(parameters, obs, actions, *rest):

@@ -264,8 +264,8 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
 
-    One graph each, once compiled; only what `functional` calls has a gradient, not `agent` itself.
-    Noise is an input: drawn inside, it would not be `rng`'s.
+    Each is one graph, once compiled. Weights learn only where `functional` calls them. Noise is an
+    input: drawn inside, it would not be `rng`'s.
     """
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 

@@ -20,7 +20,7 @@ ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
 ANEW["resume"] = (
     "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
 )
-# what schedules over the whole run belong to: it cannot become longer
+# arguments with a schedule over the whole run, which then cannot be made longer
 SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name
 RANGES = {

@@ -76,7 +76,7 @@ def setup_torch(args, faster: str) -> torch.device:
     torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
-        warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler's advice to take it
+    warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler's advice to take it
     return device
 
 

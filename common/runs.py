@@ -103,7 +103,11 @@ class Run:
         self._introduce()
         if checkpoint is None:
             self.save(0)
-            load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is found now, not later
+            try:
+                load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is to be known now
+            except SystemExit:
+                shutil.rmtree(self.dir)
+                raise
 
     def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / ".lock").open("w")
@@ -210,7 +214,7 @@ class Run:
         """Tell if a multiple of `every` was passed since the last progress, before the end."""
         return step < self.last_step and every > 0 and step // every > self.step // every
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def scalars(self, values: dict[str, float | torch.Tensor], step: int) -> None:
         """Log scalars at an environment step; a name without a section belongs to losses/."""
         for name, value in values.items():
             self.writer.add_scalar(name if "/" in name else f"losses/{name}", value, step)
@@ -223,9 +227,11 @@ class Run:
 
     def evaluate(self, agent: torch.nn.Module, step: int) -> None:
         """Evaluate, log, and save the agent to best.pt if it never was as good."""
+        learning = [module for module in agent.modules() if module.training]
         agent.eval()
         returns, lengths = envs.play(agent.act, self.args, self.dir)
-        agent.train()
+        for module in learning:
+            module.training = True
         mean = float(np.mean(returns))
         self.scalars({"eval/episodic_return": mean, "eval/episodic_length": np.mean(lengths)}, step)
         if step == self.last_step:

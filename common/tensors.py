@@ -67,8 +67,8 @@ def flatten_parameters(module: nn.Module) -> torch.Tensor:
     follow each other as in named_parameters(), a module's own before its children's. ValueError if
     one is frozen, which would be trained, or a view of another vector, which would lose it.
     """
-    if not all(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError("a parameter is frozen, or part of another vector already")
+    if frozen := [name for name, x in module.named_parameters() if not x.requires_grad]:
+        raise ValueError(f"frozen, or part of another vector already: {', '.join(frozen)}")
     flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
     for name, view in unflatten(flat, module).items():
         module.get_parameter(name).data = view
@@ -87,8 +87,8 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
     """Return `module` as a function of a vector of its parameters [P] and of its inputs.
 
     With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
-    What it returns is float32 all the same. There is no gradient through `module` itself: a loss
-    calls what is to learn through this, or takes it from the vector.
+    What it returns is float32, unless it is no floating-point number. Weights have a gradient only
+    where this calls them: `module(x)` passes one on to x, but learns nothing.
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
@@ -144,4 +144,4 @@ def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
     high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # which may have crossed
+    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # rounded, they may cross

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PPO, each_case, scalars
+from conftest import CASES, PPO, scalars
 
 import ppo_continuous
 import sac_continuous
@@ -17,12 +17,15 @@ from common.tensors import flatten_parameters, functional
 
 PENDULUM = PPO | {"env_id": "Pendulum-v1", "compile": False, "total_timesteps": 128}
 PENDULUM |= {"eval_episodes": 1}
+each_script = pytest.mark.parametrize(
+    "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
+)
 
 
 def test_a_frozen_parameter_is_not_trained_unasked():
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     module[0].bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match="frozen.*: 0.bias$"):
         flatten_parameters(module)
 
 
@@ -47,22 +50,29 @@ def test_what_is_no_floating_point_number_stays_what_it_is():
     assert (values.dtype, mask.dtype, best.dtype) == (torch.float32, torch.bool, torch.int64)
 
 
-@each_case
+@each_script
 def test_agents_are_evaluated_as_such(script, options, monkeypatch):
-    """Dropout, say, is then off; and learns on afterwards."""
+    """Dropout, say, is then off; afterwards all is as before."""
     modes, play = [], runs.envs.play
 
     def spy(act, *rest):
-        modes.append(act.__self__.training)
-        learning.add(act.__self__)
+        modes.append([module.training for module in act.__self__.modules()])
+        agents.add(act.__self__)
         return play(act, *rest)
 
-    learning: set[nn.Module] = set()
+    class Agent(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.frozen = nn.Dropout().eval()
+
+    agents: set[nn.Module] = set()
     monkeypatch.setattr(runs.envs, "play", spy)
+    monkeypatch.setattr(script, "Agent", Agent)
     options = options | {"compile": False, "total_timesteps": 128, "eval_episodes": 1}
     script.train(script.Args(**options, eval_every=64, run_dir="r"))
-    assert len(modes) > 1 and not any(modes)
-    assert all(agent.training for agent in learning)
+    assert len(modes) > 1 and not any(map(any, modes))
+    (agent,) = agents
+    assert [x for x in agent.modules() if not x.training] == [agent.frozen]
     assert not script.load_agent("r").training
 
 
@@ -79,7 +89,7 @@ def test_dropout_is_off_in_evaluations_and_they_repeat_themselves(monkeypatch):
     assert any(agent.act(obs) != agent.act(obs) for _ in range(20))
 
 
-@each_case
+@each_script
 def test_a_metric_without_a_name_is_not_dropped(script, options, monkeypatch):
     monkeypatch.setattr(script, "METRICS", script.METRICS[:-1])
     options = options | {"compile": False, "total_timesteps": 128, "target_kl": None}
@@ -100,6 +110,7 @@ def test_what_a_checkpoint_cannot_give_back_is_said_at_the_start(kept, monkeypat
         ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "Unsupported global" in line and type(kept).__module__.split(".")[0] in line
+    assert not Path("r").exists()
 
 
 def test_arguments_are_kept_as_the_run_began_with_them(monkeypatch):
