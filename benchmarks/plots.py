@@ -14,7 +14,7 @@ from benchmarks.results import Result
 from benchmarks.suites import SUITES
 from common import fail
 
-INSTALL = "pip install matplotlib rliable scipy 'pandas<3'"
+INSTALL = "pip install -e '.[plot]'"
 ROOT = Path("runs/benchmarks")
 MEASURES = {
     "in the end": lambda result: float(result.last().mean()),
@@ -43,6 +43,8 @@ def plot(
     folders = [_find(name, run_dir) for name in suites]
     folders = folders or [results.FOLDER / suite for suite in SUITES] + sorted(run_dir.glob("*/"))
     known = {}
+    if files := [str(folder) for folder in folders if suites and not folder.is_dir()]:
+        fail(f"{files[0]} is not a folder")
     for folder in (folder for folder in folders if folder.is_dir()):
         with contextlib.suppress(*(() if suites else (SystemExit,))):  # one does not end them all
             known[folder] = results.read_folder(folder)
@@ -305,11 +307,13 @@ def compare(
     side has a single seed, the interval tells if that could be one more seed of the other.
 
     Args:
-        a: run folder, folder of run folders, folder of results, or a result's CSV file.
+        a: run folder, folder of run folders, folder of results, or a result's CSV file; or the name
+            of one under benchmarks/results/ or, else, under runs/benchmarks/.
         b: the same.
         output: the picture.
     """
-    sides = [results.read_folder(_find(str(path), ROOT)) for path in (a, b)]
+    a, b = (_find(str(path), ROOT) for path in (a, b))
+    sides = [results.read_folder(path) for path in (a, b)]
     both = [env_id for env_id in sides[0] if env_id in sides[1]]
     if not both:
         known = (", ".join(side) or "nothing" for side in sides)
@@ -355,6 +359,8 @@ def made_with(side: list[Result]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for config in (result.config for result in side):
         commit = re.sub(r"^(\w{7})\w*", r"\1", str(config.get("commit")))
+        if commit.endswith("-dirty") and "code" in config:  # it may be any
+            commit += f" {config['code']}"
         for name, value in ({"commit": commit} | config.get("versions", {})).items():
             found.setdefault(name, set()).add(value)
     return {name: ", ".join(sorted(values)) for name, values in found.items()}
@@ -373,7 +379,7 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[s
         steps = f"{a[0].total:,} steps cannot be compared with {b[0].total:,}"
         return [("not compared", steps)]
     pairs = [(x, y) for x in a for y in b if x.config["args"]["seed"] == y.config["args"]["seed"]]
-    if len(pairs) == min(len(a), len(b)) and all(repeats(x, y) for x, y in pairs):
+    if len(pairs) == min(len(a), len(b)) and all(results.repeats(x, y) for x, y in pairs):
         return [("the same", f"the same to the last episode, {len(pairs)} seed(s)")]
     begins = [result.steps[-101] if len(result.steps) > 100 else 0 for result in a + b]
     shares = {"in the end": f" (the last {1 - min(begins) / a[0].total:.0%})"}
@@ -391,12 +397,6 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[s
         word = f"better {when}" if low > 0 else f"worse {when}" if high < 0 else "open"
         judged.append((word, sentence))
     return judged
-
-
-def repeats(a: Result, b: Result) -> bool:
-    """Tell if two runs had the same episodes."""
-    same = np.array_equal(a.steps, b.steps)
-    return bool(same and np.allclose(a.returns, b.returns, rtol=1e-5, atol=1e-5))
 
 
 def difference(a: list[float], b: list[float], level: float) -> tuple[float, float]:

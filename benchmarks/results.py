@@ -88,7 +88,8 @@ def read_run(run_dir: Path) -> Result:
     args.pop("run_dir", None)
     columns = [x.step for x in returns], seconds, [x.value for x in returns]
     columns += ([x.value for x in lengths],)
-    return Result(config, *(np.array(column[: len(returns)], float) for column in columns))
+    whole = min(len(returns), len(lengths))  # a kill may leave a return without its length
+    return Result(config, *(np.array(column[:whole], float) for column in columns))
 
 
 def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
@@ -134,6 +135,7 @@ def _find(path: Path) -> dict[Path, Result]:
 
     A run with a CSV file beside its folder is read from that; what was set aside does not count.
     """
+    path = path if path.name else path.absolute()  # "." has no name
     files = [path] if path.suffix == ".csv" else sorted(path.rglob("*.csv"))
     files = [x for x in files if x == path or x.with_suffix(".json").exists()]  # others' are not
     found = {file: read_csv(file) for file in files}
@@ -204,6 +206,8 @@ def export(
         name: folder under results/; by default the suite, or the run's --exp-name.
         run_dir: folder of the suites' runs.
     """
+    if suite and run_dirs:
+        fail(f"--suite {suite}: name run folders or a suite; under which name is for --name")
     run_dirs = (run_dir / suite,) if suite else run_dirs
     if not run_dirs:
         fail("name run folders, or --suite NAME")
@@ -229,6 +233,8 @@ def export(
         files[file] = found[path]
         if file.exists() and (other := command(read_csv(file).config, FREE)) != made_by:
             fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
+        if file.exists() and not repeats(read_csv(file), found[path]):
+            fail(f"{file} has other episodes: remove it, or take another --name")
     for file, result in files.items():
         write(result, file)
         changed = str(result.config["commit"]).endswith("-dirty")
@@ -244,6 +250,12 @@ def command(config: dict, without: tuple[str, ...] = WHERE) -> str:
         elif "=" not in word:
             next(words)
     return shlex.join(["python", f"{config['script']}.py", *kept])
+
+
+def suite_command(script: str, env_id: str, seed: int, flags: str) -> str:
+    """Return `command` of a suite's run, but for what is FREE."""
+    words = ["python", script, "--env-id", env_id, "--seed", str(seed), *shlex.split(flags)]
+    return command({"script": script, "command": shlex.join(words)}, FREE)
 
 
 def own_command() -> str:
@@ -267,6 +279,12 @@ def interval(values: list[float]) -> tuple[float, float]:
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
     return float(low), float(high)
+
+
+def repeats(a: Result, b: Result) -> bool:
+    """Tell if two runs had the same episodes."""
+    same = np.array_equal(a.steps, b.steps)
+    return bool(same and np.allclose(a.returns, b.returns, rtol=1e-5, atol=1e-5))
 
 
 def published(config: dict) -> Published | None:
@@ -328,11 +346,13 @@ def rows(suite: str) -> list[str]:
 
 def commands(suite: str) -> list[str]:
     """Return for each row of the table the command that makes all its runs."""
-    lines, known = [], {env_id for _, env_id, _ in SUITES[suite].runs} if suite in SUITES else ()
+    lines, runs = [], SUITES[suite].runs if suite in SUITES else ()
     for env_id, found in read_folder(FOLDER / suite).items():
         seeds = [result.config["args"]["seed"] for result in found]
         threads = {result.config.get("num_threads", 1) for result in found}
-        if env_id in known and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        own = {suite_command(x, y, seed, flags) for x, y, flags in runs for seed in seeds}
+        as_suite = {command(result.config, FREE) for result in found} <= own
+        if as_suite and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
             words = f"--seeds {len(seeds)}" + f" --first-seed {seeds[0]}" * (seeds[0] != 1)
             words += f" --threads {max(threads)}" * (len(threads) == 1 and threads != {1})
             lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {words}")

@@ -29,10 +29,13 @@ PROGRESS = re.compile(
     r"([\d,]+) of ([\d,]+) steps \(.*?\) \| ([\d,]+) steps/s \| (\S+) left \|(?: return (\S+))?"
 )
 NOT_RUN = {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
+# flags that a run gets from what this command is told itself
+OWN = ("--env-id", "--seed", "--num-threads", "--run-dir", "--resume", "--evaluate")
 # what --resume says of a run folder that cannot be gone on with, by whatever version
 LOST = re.compile(r"it has no checkpoint\.pt|checkpoint\.pt is empty, damaged or not a checkpoint")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 THREADS += ("TORCHINDUCTOR_COMPILE_THREADS",)
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1"}  # so that errors are last in a log
 
 
 class Progress(NamedTuple):
@@ -94,9 +97,9 @@ class Job:
 
     def foreign(self) -> str:
         """Say that the run, if there is one, is not of this command; "" if it is."""
-        ours = {"script": self.script, "command": shlex.join(["python", *self.command()])}
+        ours = self.script, self.env_id, self.seed, shlex.join(self.flags)
         made_by = self.made_by()
-        same = made_by is None or made_by["command"] == results.command(ours, results.FREE)
+        same = made_by is None or made_by["command"] == results.suite_command(*ours)
         return "" if same else f"{self.run_dir} was made by another command: {made_by['command']}"
 
     def finished(self) -> bool:
@@ -117,6 +120,8 @@ class Job:
             except BlockingIOError:
                 self.state = "elsewhere"
                 return
+            except OSError:  # a file system without locks
+                pass
             if words := self.foreign():
                 self.fail(words)
                 return
@@ -137,7 +142,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | dict.fromkeys(THREADS, str(threads)),
+                env=os.environ | ENVIRONMENT | dict.fromkeys(THREADS, str(threads)),
                 start_new_session=True,  # Ctrl-C is for the runner, which passes it on
             )
             self.state = "running"
@@ -163,8 +168,9 @@ class Job:
         if noted.exists():  # by an earlier part of the run
             peak = max(peak, json.loads(noted.read_text())["peak_memory_mb"])
         usage = {"peak_memory_mb": round(peak), "workers": workers}
-        (whole := self.path(".usage.writing")).write_text(json.dumps(usage) + "\n")
-        whole.replace(noted)  # a runner killed while it writes leaves the old one
+        with contextlib.suppress(OSError):  # a full disk, say: then it is not known
+            (whole := self.path(".usage.writing")).write_text(json.dumps(usage) + "\n")
+            whole.replace(noted)  # a runner killed while it writes leaves the old one
         last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
         if code == 0 and self.finished():
             self.finish()
@@ -188,7 +194,7 @@ class Job:
                         fail(f"{self.run_dir} is not finished")
                     results.write(result, self.path(".csv"))
             except (Exception, SystemExit) as error:  # the other runs go on
-                self.fail(f"its events cannot be read: {said.getvalue().strip() or repr(error)}")
+                self.fail(f"its episodes cannot be kept: {said.getvalue().strip() or repr(error)}")
 
     def fail(self, error: str) -> None:
         """Note why the run failed."""
@@ -211,7 +217,10 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Print a line that stays, in place of the table."""
-        print(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + line, flush=True)
+        try:
+            print(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + line, flush=True)
+        except BrokenPipeError:  # nobody reads it any more, but runs are to be waited for
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self.height = 0
 
     def show(self, lines: list[str]) -> None:
@@ -263,7 +272,9 @@ def select(
     if script and (Path(script).name != script or not (SCRIPTS / f"{script}.py").exists()):
         fail(f"--script {script}: there is no {script}.py among the files in {SCRIPTS}")
     with failing(f"--flags {flags}", ValueError):
-        shlex.split(flags)
+        words = [word.split("=")[0].replace("_", "-") for word in shlex.split(flags)]
+    if own := [word for word in words if word in OWN]:
+        fail(f"--flags {flags}: {own[0]} is for this command to give")
     for option, value in (("script", script), ("flags", flags)):
         if value and several:
             fail(f"--{option} {value}: {suite} has runs of several scripts")
@@ -279,6 +290,8 @@ def select(
 def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[int]:
     """Run the jobs, so many at a time, until they have ended; return the signals that came."""
     signals, told = [], set()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     handlers = {
         number: signal.signal(number, lambda number, _: signals.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -293,7 +306,10 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
         for job in jobs:
             free = workers > sum(other.process is not None for other in jobs)
             if free and not signals and job.state in ("waiting", "elsewhere"):
-                job.start(threads)
+                try:
+                    job.start(threads)
+                except OSError as error:  # the other runs go on
+                    job.fail(str(error))
             if job.note:
                 screen.say(job.note)
                 job.note = ""
@@ -335,7 +351,8 @@ def run(
         env_ids: only these environments; also others, where the suite is of one script.
         seeds: how many of each; 0: up to the last that the suite has.
         first_seed: the first of them, as where another machine runs the ones before.
-        workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB).
+        workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB). On
+            a GPU, say how many it has memory for.
         threads: threads of each run.
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
         flags: more flags of the script, as --flags="--gamma 0.9"; take a --run-dir of their own.

@@ -36,7 +36,9 @@ def load_checkpoint(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a dozen types: cut short, not a zip file, a refused class, ...
         why = repr(error).rpartition("error: ")[2]  # without the advice to load it all the same
-        fail(f"{path} is empty, damaged or not a checkpoint ({why:.80})")
+        unread = isinstance(error, (OSError, MemoryError)) or "unable to mmap" in why
+        what = "cannot be read" if unread else "is empty, damaged or not a checkpoint"
+        fail(f"{path} {what} ({why:.80})")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         fail(f"{path} is a PyTorch file, but not a checkpoint of these scripts")
     if content["version"] != VERSION:

@@ -220,6 +220,11 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
         results.export([ppo.train(dataclasses.replace(args, run_dir="other", squash=True))])
     assert results.read_folder(path.parent)["InvertedPendulum-v5"][0].config == config
     assert "is of another command" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py"])
+    with pytest.raises(SystemExit):  # of the same, but of code that has changed, say
+        results.export([ppo.train(dataclasses.replace(args, run_dir="changed", gamma=0.9))])
+    assert f"{path} has other episodes" in capsys.readouterr().err
+    assert path.read_bytes() == written
     args = dataclasses.replace(args, run_dir="unfinished")
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -234,6 +239,17 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     assert "not finished, so left out: folder/1\n" in capsys.readouterr().out
     part = tmp_path / "results/part/InvertedPendulum-v5/7.csv"
     assert part.read_bytes() == path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.chdir("r")
+        results.export([Path(".")], name="here")
+    here = tmp_path / "results/here/InvertedPendulum-v5/7.csv"
+    assert here.read_bytes() == path.read_bytes()
+    whole = results.read_run(Path("r"))
+    with monkeypatch.context() as patch:  # killed between a return and its length
+        scalars_of = results.EventAccumulator.Scalars
+        torn = lambda self, tag: scalars_of(self, tag)[: -1 if "length" in tag else None]  # noqa: E731
+        patch.setattr(results.EventAccumulator, "Scalars", torn)
+        assert [len(x) for x in results.read_run(Path("r"))[1:]] == [len(whole.steps) - 1] * 4
     config = json.loads(Path("r/config.json").read_text())
     config["args"]["total_timesteps"] = 512  # as if it had been extended with --resume
     Path("r/config.json").write_text(json.dumps(config))
@@ -317,7 +333,7 @@ def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episo
     config = {
         "script": "ppo_continuous",
         "args": args,
-        "command": f"python ppo_continuous.py --seed {seed}",
+        "command": f"python ppo_continuous.py --env-id {env_id} --seed {seed}",
         "evaluation": {"step": total, "return": level},
     }
     steps = np.linspace(0, total, episodes + 1)[1:].round()
@@ -365,7 +381,15 @@ def test_the_table_has_published_figures_and_commands(suite, capsys):
     results.table("mine")
     out = capsys.readouterr().out
     assert "| -40.4 ± 7.2 |" in out and re.search(r"My-v0 \| 500 .* - \|\n", out)
-    assert out.count("python ppo_continuous.py --seed 1\n") == 2
+    for env_id in ("Pusher-v5", "My-v0"):
+        assert f"python ppo_continuous.py --env-id {env_id} --seed 1\n" in out
+    flagged = make_result("Hopper-v5", 3)  # which the suite's command would not make
+    flagged.config["command"] += " --gamma 0.9"
+    write_result(flagged, suite)
+    results.table("ppo_continuous")
+    out = capsys.readouterr().out
+    assert "run ppo_continuous --env-ids HalfCheetah-v5 --seeds 3\n" in out
+    assert "--env-id Hopper-v5 --seed 3 --gamma 0.9\n" in out and "--env-ids Hopper" not in out
     (results.FOLDER / "empty").mkdir()
     for name in ("nothing", "empty"):
         with pytest.raises(SystemExit):
@@ -509,6 +533,8 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     worse = "b is worse in the end on Hopper-v5; worse over the run on Hopper-v5, than"
     assert f"{worse} {suite}.\n" in out
     assert_picture(Path("runs/compare.png"))
+    plots.compare(Path("ppo_continuous"), Path("b"))  # by its name, and told where that was found
+    assert f"over the run on Hopper-v5, than {suite}.\n" in capsys.readouterr().out
     plots.compare(suite / "Hopper-v5" / "2.csv", suite)
     assert "repeats" in capsys.readouterr().out
     write_result(make_result("Hopper-v5", 4, 2001.0), Path("c"))
@@ -590,6 +616,11 @@ def test_runs_that_are_unlike_are_not_compared(suite, capsys):
     del half.config["evaluation"]
     whole = make_result("Hopper-v5")
     unfinished = [("not compared", "1 of 2 runs are not finished")]
+    changed = make_result("Hopper-v5"), make_result("Hopper-v5")
+    for result, code in zip(changed, ("0a1b2c", "3d4e5f")):  # nobody knows what is in "-dirty"
+        result.config.update(commit="1234567890-dirty", code=code)
+    told = plots.unlike(*([result] for result in changed))
+    assert told == "the same arguments (commit 1234567-dirty 0a1b2c and 1234567-dirty 3d4e5f)"
     assert plots.judge([whole], [half]) == unfinished
     empty = [("not compared", "1 of 2 runs had no episode")]
     assert plots.judge([make_result("Hopper-v5", episodes=0)], [whole]) == empty
@@ -681,6 +712,8 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("run smoke --env-ids Hoper-v5", "not in smoke, which has Pendulum-v1, CartPole-v1"),
         ("run smoke --flags=--no-compile", "--flags --no-compile: smoke has runs of several"),
         ("run ppo_discrete --flags='", "--flags ': No closing quotation"),
+        ("run ppo_discrete --flags=--seed=7", "--flags --seed=7: --seed is for this command"),
+        ("run ppo_discrete --flags=--num_threads=2", "--num-threads is for this command"),
         ("run somke", "there are ppo_continuous"),
         ("run smoke --run-dir file/runs", "--run-dir file/runs: "),
         ("run smoke --script mine", "there is no "),
@@ -688,6 +721,8 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("run smoke --first-seed 3", "--first-seed 3: beyond the smoke suite's last"),
         ("export nowhere", "nowhere: neither a run folder nor a folder of them"),
         ("export", "name run folders"),
+        ("export file --suite smoke", "--suite smoke: name run folders or a suite"),
+        ("plot file", "file is not a folder"),
         ("speed --repeats 0", "--repeats 0"),
         ("speed --num-envs 0", "--num-envs 0"),
         ("speed --threads 0", "--threads 0"),
@@ -1060,7 +1095,7 @@ print("done: True\\ndone:", sys.argv[-1] if sys.argv[-1][-1] == "1" else "it")
     with pytest.raises(SystemExit):
         run.run("tiny", script="mine", run_dir=Path("half"), seeds=1)
     reason = (
-        "failed: Pendulum-v1/1 its events cannot be read: error: half/mine/Pendulum-v1/1 is not"
+        "failed: Pendulum-v1/1 its episodes cannot be kept: error: half/mine/Pendulum-v1/1 is not"
     )
     assert reason in capsys.readouterr().out
     monkeypatch.setattr(results, "read_run", lambda _: make_result())
@@ -1084,6 +1119,51 @@ print("done: True\\ndone:", sys.argv[-1] if sys.argv[-1][-1] == "1" else "it")
         capsys.readouterr().out
     )
     assert Path("runs/mine/Pendulum-v1/1/checkpoint.pt").exists()
+
+
+def test_one_run_that_cannot_be_started_does_not_end_the_others(monkeypatch, capsys):
+    monkeypatch.setitem(suites.SUITES, "tiny", TINY)
+    monkeypatch.setattr(results, "read_run", lambda _: make_result())
+    started = []
+
+    def start(job, _):
+        started.append(job.seed)
+        if job.seed == 1:
+            raise OSError(28, "No space left on device")
+        job.state = "finished"
+
+    monkeypatch.setattr(run.Job, "start", start)
+    with pytest.raises(SystemExit) as stopped:
+        run.run("tiny")
+    assert stopped.value.code == 1 and started == [1, 2]
+    out = capsys.readouterr().out
+    assert "failed: Pendulum-v1/1 [Errno 28] No space left on device" in out
+    assert "1 of 2 finished" in out
+
+
+def test_runs_are_started_where_a_file_system_has_no_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run.fcntl, "flock", flock)
+    monkeypatch.setattr(run.subprocess, "Popen", lambda words, **rest: words)
+    job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
+    job.start(1)
+    assert job.state == "running" and job.process[-1] == str(job.run_dir)
+
+
+def test_a_runner_whose_output_nobody_reads_goes_on(monkeypatch):
+    def broken(*_, **__):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(run, "print", broken, raising=False)
+        screen = run.Screen()
+        screen.say("lost")
+        patch.delattr(run, "print")
+        screen.say("lost too")
+        assert sys.stdout.name == os.devnull
 
 
 def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -293,7 +294,7 @@ class Evil:
         return (open, ("pwned", "w"))
 
 
-def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys):
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"x": torch.zeros(1000)})
     whole = path.read_bytes()
@@ -317,6 +318,10 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys):
     refused("not a checkpoint of these scripts")
     torch.save({"format": "single-file-rl checkpoint", "version": 99, "state": {}}, path)
     refused("version 99")
+    with monkeypatch.context() as patch:  # which nobody is to take for a lost run
+        for error in (OSError(5, "Input/output error"), RuntimeError("unable to mmap 7 bytes")):
+            patch.setattr(torch, "load", mock.Mock(side_effect=error))
+            refused("cannot be read")
     torch.save(Evil(), path)
     refused("damaged or not a checkpoint")
     assert not (tmp_path / "pwned").exists()
