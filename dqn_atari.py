@@ -179,7 +179,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
         weight = next(self.parameters())
-        obs = torch.as_tensor(np.asarray(obs), dtype=weight.dtype, device=weight.device)
+        obs = torch.as_tensor(np.array(obs), dtype=weight.dtype, device=weight.device)
         return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
 
 

@@ -1,8 +1,11 @@
 """What the four scripts share: environments, seeding, checkpoints and the run folder."""
 
+import os
 import sys
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+from tqdm import tqdm
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -11,10 +14,25 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def say(line: str, file: TextIO | None = None) -> bool:
+    """Print a line, above a progress bar; from where nobody reads it any more, return False.
+
+    That is where Ctrl-C has ended `| tee` as well, or the terminal is gone.
+    """
+    file = file or sys.stdout
+    try:
+        tqdm.write(line, file=file)
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        return False
+    return True
+
+
 @contextmanager
-def failing(message: str, *errors: type[Exception]):
+def failing(message: str, *errors: type[Exception], code: int = 2):
     """End with one line, `message` and why, where one of these errors is raised."""
     try:
         yield
     except errors as error:
-        fail(f"{message}: {str(error) or type(error).__name__:.300}")
+        fail(f"{message}: {str(error) or type(error).__name__:.300}", code)

@@ -4,7 +4,6 @@ import ctypes
 import inspect
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from types import FunctionType
@@ -12,9 +11,8 @@ from types import FunctionType
 import numpy as np
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from tqdm import tqdm
 
-from common import fail
+from common import fail, say
 
 # for --torch-deterministic; cuBLAS reads it once in a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -113,8 +111,7 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
         nonlocal called
         if not called:  # which takes seconds, in SAC and DQN well after the start
             called = True
-            tqdm.write(f"compiling {function.__name__}")
-            sys.stdout.flush()
+            say(f"compiling {function.__name__}")
         return compiled(*inputs)
 
     return call

@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -86,6 +88,7 @@ def _training_env(args, index: int, trainer: int) -> gym.Env:
         os.setpgid(0, 0)
         random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
         np.random.seed(stream_seed(args.seed, "numpy", index))
+        torch.set_num_threads(1)  # the trainer's are not in a forked process, which would wait
     return Replayable(args, index)
 
 
@@ -180,14 +183,21 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     """Return the observation and action space, or end with one line if they do not fit."""
     if args.capture_video:
         prepare_video()
-    wrong_id = gym.error.Error, ImportError, AttributeError, ValueError, TypeError
-    with failing(f"--env-id {args.env_id}", *wrong_id):
+    try:
         env = make_env(args)
+    except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        own = not re.search("gymnasium|<frozen|importlib", last.filename)  # a user's mistake
+        where = f" ({last.filename}, line {last.lineno})" * own
+        if args.env_id.startswith("ALE/"):
+            where += "; games are spelled as ALE/Breakout-v5"
+        fail(f"--env-id {args.env_id}: {error}{where}")
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
         fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
     obs_space, action_space = env.observation_space, env.action_space
     padding = getattr(env, "padding_type", None), getattr(env, "stack_size", None)
     stacked = padding == ("zero", 4)  # as in make_env
+    first = env.reset(seed=0)[0] if isinstance(obs_space, gym.spaces.Box) else None
     env.close()
     if args.capture_video or args.render:
         about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
@@ -212,6 +222,10 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
     if not obs_space.shape:
         fail(f"{args.env_id} has observations without an axis; wrap it in FlattenObservation")
+    shape, dtype = np.shape(first), np.asarray(first).dtype
+    if shape != obs_space.shape or not np.can_cast(dtype, obs_space.dtype, "same_kind"):
+        what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
+        fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
     if images and not (stacked or atari.find_game(args.env_id)):
         what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"
         fail(f"{args.env_id} {what}; use ppo_discrete.py")
@@ -260,6 +274,8 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += float(reward)
             lengths[i] += 1
+            if getattr(env, "recording", False) and lengths[i] == 3000:  # frames are in memory
+                env.stop_recording()
     env.close()
     torch.set_float32_matmul_precision(precision)
     return returns, lengths

@@ -1,5 +1,6 @@
 """A run: its folder, and what a person sees of it."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -14,14 +15,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import atari, compute, envs, fail, failing, provenance
+from common import atari, compute, envs, fail, failing, provenance, say
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
@@ -117,6 +118,9 @@ class Run:
             fail(f"{self.dir} is being trained by another process")
         except OSError:  # a file system without locks
             pass
+        path = self.dir / "checkpoint.pt"  # another process may have gone on until now
+        if path.exists() and load_checkpoint(path)["global_step"] != self.step:
+            fail(f"{self.dir} was trained by another process meanwhile: resume it again")
 
     def _track(self, new: bool) -> None:
         import wandb
@@ -140,7 +144,10 @@ class Run:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             path.write_text(json.dumps(config, indent=2) + "\n")
         elif path.exists():
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text())
+            except ValueError:  # it was never on disk as a whole
+                before = {}
             if other := [x for x in ("code", "versions", "machine") if before.get(x) != config[x]]:
                 print(f"not as it was begun: {', '.join(other)}; it goes on, perhaps not exactly")
 
@@ -158,10 +165,17 @@ class Run:
             print("--clip-reward: only the signs of rewards are learned from")
         if (begin := getattr(args, "learning_starts", 0)) >= last_step:
             print(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # _say will notice
+            sys.stdout.flush()
+
+    def _say(self, line: str, file: TextIO | None = None) -> None:
+        if not say(line, file):  # save, and leave
+            self.signal = self.signal or signal.SIGPIPE
 
     def __enter__(self) -> "Run":
-        self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        signals += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup
+        self._handlers = {number: signal.signal(number, self._stop) for number in signals}
         form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True, "disable": None}
         self.bar = tqdm(desc=self.args.env_id, total=self.last_step, initial=self.step, **form)
         self.start = self.printed = time.perf_counter()
@@ -177,15 +191,16 @@ class Run:
                 raise
         finally:
             self.bar.close()
-            self.writer.close()
+            with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
+                self.writer.close()
             self._locked.close()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if error is None and self.step == self.last_step:
-            print(f"done: {self.dir}")
+            self._say(f"done: {self.dir}")
             self.parts["envs"].close()
         if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
-            print(f"ended by {error!r:.200}", file=sys.stderr)
+            self._say(f"ended by {error!r:.200}", sys.stderr)
             self._leave()
 
     def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
@@ -199,7 +214,7 @@ class Run:
     def _leave(self) -> NoReturn:
         script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
         resume = shlex.join(["python", script, "--resume", str(self.dir)])
-        tqdm.write(f"stopped at step {self.saved:,}; go on: {resume}")
+        self._say(f"stopped at step {self.saved:,}; go on: {resume}")
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
@@ -208,7 +223,7 @@ class Run:
                 worker.kill()
             os._exit(128 + number)
         self.signal = number
-        tqdm.write("stopping at the next boundary; once more to leave at once", file=sys.stderr)
+        self._say("stopping at the next boundary; once more to leave at once", sys.stderr)
 
     def due(self, every: int, step: int) -> bool:
         """Tell if a multiple of `every` was passed since the last progress, before the end."""
@@ -216,8 +231,9 @@ class Run:
 
     def scalars(self, values: dict[str, float | torch.Tensor], step: int) -> None:
         """Log scalars at an environment step; a name without a section belongs to losses/."""
-        for name, value in values.items():
-            self.writer.add_scalar(name if "/" in name else f"losses/{name}", value, step)
+        with failing(f"{self.dir} could not be written", OSError, code=1):
+            for name, value in values.items():
+                self.writer.add_scalar(name if "/" in name else f"losses/{name}", value, step)
 
     def episodes(self, finished: list[tuple[float, int, int]]) -> None:
         """Log finished training episodes: return, length, last step of each."""
@@ -235,7 +251,7 @@ class Run:
         mean = float(np.mean(returns))
         self.scalars({"eval/episodic_return": mean, "eval/episodic_length": np.mean(lengths)}, step)
         if step == self.last_step:
-            tqdm.write(describe(returns, lengths))
+            self._say(describe(returns, lengths))
         if mean > self.best_return:
             self.best_return = mean
             self._write("best.pt", {"global_step": step, "agent": agent.state_dict()})
@@ -256,7 +272,7 @@ class Run:
         if self.bar.disable and (edge or now - self.printed > 10):
             left = tqdm.format_interval((self.last_step - step) / speed)
             share = f"{step:,} of {self.last_step:,} steps ({step / self.last_step:.0%})"
-            print(f"{share} | {speed:,.0f} steps/s | {left} left | {recent}", flush=True)
+            self._say(f"{share} | {speed:,.0f} steps/s | {left} left | {recent}")
             self.printed = now
         self.step = step
         if self.signal and self.saved == step < self.last_step:
@@ -264,7 +280,8 @@ class Run:
 
     def save(self, step: int, finished: bool = False) -> None:
         """Write a checkpoint, once TensorBoard's events up to it are on disk."""
-        self.writer.flush()
+        with failing(f"{self.dir} could not be written", OSError, code=1):
+            self.writer.flush()
         state = {"returns": list(self.returns), "best_return": self.best_return}
         state["finished"] = finished
         state |= {name: part.state_dict() for name, part in self.parts.items()}

@@ -777,6 +777,93 @@ def test_a_renderer_that_works_is_chosen(monkeypatch, works, given, chosen):
     assert envs.os.environ.get("MUJOCO_GL") == chosen
 
 
+@pytest.mark.parametrize(
+    "obs, gives",
+    [
+        (np.zeros(1, np.float64), None),
+        (np.zeros(1, np.int64), None),
+        (np.zeros((1, 1), np.float32), "float32 [1, 1], not of float32 [1]"),
+        (0.5, "float64 [], not of float32 [1]"),
+        (np.zeros(1, np.complex64), "complex64 [1], not of float32 [1]"),
+    ],
+)
+def test_observations_are_to_be_what_their_space_says(obs, gives, monkeypatch, capsys):
+    monkeypatch.setattr(toy_envs.Counter, "reset", lambda *_, **__: (obs, {}))
+    args = Args(env_id="toy_envs:Counter-truncated-v0")
+    if gives is None:
+        envs.check_spaces(args, gym.spaces.Box, "")
+        return
+    with pytest.raises(SystemExit):
+        envs.check_spaces(args, gym.spaces.Box, "")
+    assert f"Counter-truncated-v0 gives observations of {gives}, as" in capsys.readouterr().err
+
+
+@each_case
+def test_observations_may_be_views_that_run_backwards(script, options):
+    """As of colours that were turned round; vector environments copy them, evaluations do not."""
+    args = script.Args(**options)
+    env = envs.make_env(args)
+    agent = script.Agent(env.observation_space.shape, env.action_space, args)
+    obs, _ = env.reset(seed=0)
+    obs = np.asarray(obs)
+    assert np.array_equal(agent.act(obs[::-1].copy()[::-1]), agent.act(obs))
+
+
+def test_a_mistake_in_a_users_environment_is_said_to_be_there(monkeypatch, capsys):
+    class Mistaken(gym.Env):
+        def __init__(self):
+            _ = None.size
+
+    gym.register("Mistaken-v0", Mistaken)
+    for env_id, said in (
+        ("Mistaken-v0", rf"no attribute 'size' \(\S+{Path(__file__).name}, line \d+\)\n"),
+        ("Missing-v0", r"error: --env-id Missing-v0: [^(]*\n"),
+        ("ALE/breakout-v5", "; games are spelled as ALE/Breakout-v5\n"),
+    ):
+        with pytest.raises(SystemExit):
+            envs.check_spaces(Args(env_id=env_id), gym.spaces.Box, "")
+        assert re.search(said, capsys.readouterr().err)
+
+
+class ThreadsEnv(toy_envs.Counter):
+    """Its observation is how many threads PyTorch has."""
+
+    observation_space = gym.spaces.Box(0, 100, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.full(1, torch.get_num_threads(), np.float32), {}
+
+
+def test_workers_do_not_wait_for_threads_of_the_trainer():
+    """Which a fork leaves behind: an environment that computes with PyTorch would hang."""
+    gym.register("Threads-v0", ThreadsEnv)
+    args = Args(env_id="Threads-v0", num_envs=2, vectorization="async")
+    torch.set_num_threads(2)
+    try:
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        environments = envs.Environments(args)
+        assert environments.obs.tolist() == [[1], [1]]
+        environments.close()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_film_is_no_longer_than_memory_affords(monkeypatch):
+    """Frames are kept until it is written."""
+
+    class Film(toy_envs.Counter):
+        last, recording, stopped = 5000, True, 0
+
+        def stop_recording(self):
+            self.recording, self.stopped = False, self.stopped + self.t
+
+    film = Film()
+    monkeypatch.setattr(envs, "make_env", lambda *_: film)
+    args = SimpleNamespace(seed=3, eval_episodes=2, render=False, capture_video=False)
+    envs.play(lambda _: np.zeros(1, np.float32), args, Path())
+    assert film.stopped == 3000
+
+
 @pytest.mark.parametrize("bound", [np.inf, float(np.finfo(np.float32).max), 1e300])
 def test_bounds_that_tanh_cannot_be_scaled_to_are_refused(monkeypatch, capsys, bound):
     space = gym.spaces.Box(-bound, bound, (1,), np.float64)

@@ -108,6 +108,7 @@ def test_saving_and_evaluating_do_not_change_training(ppo):
         ("ppo_continuous.py", "Pendulum-v1", signal.SIGINT),
         ("ppo_continuous.py", "Pendulum-v1", signal.SIGTERM),
         ("ppo_discrete.py", "CartPole-v1", signal.SIGINT),
+        ("ppo_discrete.py", "CartPole-v1", signal.SIGHUP),
     ],
 )
 def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number):
@@ -157,6 +158,91 @@ def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch,
     assert stopped.value.code == 128 + signal.SIGTERM
     assert f"stopped at step {step}; go on: python {script.SCRIPT}.py" in capsys.readouterr().out
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == step
+
+
+def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
+    """As where Ctrl-C ends `2>&1 | tee` too; what it then says is lost, and no more than that."""
+    options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"}
+    process = subprocess.Popen(
+        command(ROOT / "ppo_continuous.py", *flags(env_id="Pendulum-v1", **options)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if b"steps/s" in line:
+            break
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
+    assert step > 0
+    more = "--total-timesteps", step + 128
+    out = run("ppo_continuous.py", "--resume", "r", *more, cwd=tmp_path).stdout
+    assert "done: r" in out and "±" in out
+
+
+def test_a_closed_pipe_is_a_signal_to_end(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped:
+            train(Args(env_id="Pendulum-v1", total_timesteps=6400, run_dir="r", **SHORT))
+        print("to nobody", flush=True)
+    assert stopped.value.code == 128 + signal.SIGPIPE
+    assert 0 < load_checkpoint("r/checkpoint.pt")["global_step"] < 6400
+
+
+def test_what_another_process_went_on_with_is_not_gone_back_from(monkeypatch, capsys):
+    """It read the checkpoint before that one had saved its last, and got the lock after."""
+    args = Args(
+        env_id="Pendulum-v1", total_timesteps=640, checkpoint_every=64, run_dir="r", **SHORT
+    )
+    first = []
+    save = runs.Run.save
+
+    def keep(self, step, finished=False):
+        save(self, step, finished)
+        first.append(torch.load("r/checkpoint.pt")["state"])
+
+    monkeypatch.setattr(runs.Run, "save", keep)
+    train(args)
+    assert first[2]["global_step"] < 640
+    with pytest.raises(SystemExit) as stopped:
+        train(dataclasses.replace(args, resume="r"), first[2])
+    assert stopped.value.code == 2 and "another process meanwhile" in capsys.readouterr().err
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 640
+
+
+def test_a_full_disk_ends_a_run_in_one_line(monkeypatch, capsys):
+    """TensorBoard meets it first; the last checkpoint stays."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    args = Args(
+        env_id="Pendulum-v1", total_timesteps=640, checkpoint_every=64, run_dir="r", **SHORT
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    for name in ("add_scalar", "flush"):
+        with monkeypatch.context() as patch:
+            due = runs.Run.due
+
+            def fills(self, every, step):
+                if step >= 192:
+                    patch.setattr(self.writer, name, full)  # noqa: B023
+                    patch.setattr(self.writer, "close", full)  # noqa: B023
+                return due(self, every, step)  # noqa: B023
+
+            patch.setattr(runs.Run, "due", fills)
+            with pytest.raises(SystemExit) as stopped:
+                train(dataclasses.replace(args, run_dir=name))
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 1 and f"error: {name} could not be written: " in line
+        assert 0 < load_checkpoint(f"{name}/checkpoint.pt")["global_step"] < 640
+        assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
