@@ -21,7 +21,7 @@ from tyro.conf import Positional
 from benchmarks import results
 from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
-from common import fail, failing
+from common import fail, failing, say
 from common.provenance import code
 
 SCRIPTS = Path(__file__).parent.parent
@@ -217,10 +217,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Print a line that stays, in place of the table."""
-        try:
-            print(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + line, flush=True)
-        except BrokenPipeError:  # nobody reads it any more, but runs are to be waited for
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        say(f"\x1b[{self.height}F\x1b[J" * (self.height > 0) + line)  # if nobody reads, in vain
         self.height = 0
 
     def show(self, lines: list[str]) -> None:

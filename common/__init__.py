@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -17,14 +17,17 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def say(line: str, file: TextIO | None = None) -> bool:
     """Print a line, above a progress bar; from where nobody reads it any more, return False.
 
-    That is where Ctrl-C has ended `| tee` as well, or the terminal is gone.
+    That is where Ctrl-C has ended `| tee` as well, the terminal is gone or a log's disk is full.
     """
     file = file or sys.stdout
     try:
         tqdm.write(line, file=file)
         file.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # a reader that is slow
+            return True
+        with suppress(OSError):  # if it has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         return False
     return True
 

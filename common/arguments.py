@@ -85,7 +85,8 @@ def check_ranges(args) -> None:
 def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:
     """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # until there is a run
-    sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # in a notebook it is no file
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
     game = atari.find_game(parser.parse_known_args()[0].env_id)

@@ -4,15 +4,18 @@ import ctypes
 import inspect
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from types import FunctionType
 
 import numpy as np
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from tqdm import tqdm
 
-from common import fail, say
+from common import fail
 
 # for --torch-deterministic; cuBLAS reads it once in a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -111,7 +114,9 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
         nonlocal called
         if not called:  # which takes seconds, in SAC and DQN well after the start
             called = True
-            say(f"compiling {function.__name__}")
+            with suppress(OSError):  # that nobody reads it, the run will notice
+                tqdm.write(f"compiling {function.__name__}")
+                sys.stdout.flush()
         return compiled(*inputs)
 
     return call

@@ -1,8 +1,8 @@
 """Environments: making them, checking their spaces, finding them again when a run is resumed."""
 
+import importlib
 import os
 import random
-import re
 import subprocess
 import sys
 import traceback
@@ -187,25 +187,16 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         env = make_env(args)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
         *_, last = traceback.extract_tb(error.__traceback__)
-        own = not re.search("gymnasium|<frozen|importlib", last.filename)  # a user's mistake
+        others = "<frozen", *(os.path.dirname(x.__file__) + os.sep for x in (gym, importlib))
+        own = not last.filename.startswith(others)  # a mistake in a user's code
         where = f" ({last.filename}, line {last.lineno})" * own
-        if args.env_id.startswith("ALE/"):
-            where += "; games are spelled as ALE/Breakout-v5"
-        fail(f"--env-id {args.env_id}: {error}{where}")
+        where += "; games are spelled as ALE/Breakout-v5" * args.env_id.startswith("ALE/")
+        fail(f"--env-id {args.env_id}: {str(error) or type(error).__name__:.300}{where}")
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
         fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
     obs_space, action_space = env.observation_space, env.action_space
     padding = getattr(env, "padding_type", None), getattr(env, "stack_size", None)
     stacked = padding == ("zero", 4)  # as in make_env
-    first = env.reset(seed=0)[0] if isinstance(obs_space, gym.spaces.Box) else None
-    env.close()
-    if args.capture_video or args.render:
-        about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
-        with failing(about, Exception):  # now, not after the training; each renderer has its own
-            env = make_env(args, "human" if args.render else "rgb_array")
-            env.reset(seed=0)
-            env.render()
-            env.close()
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
         known = isinstance(action_space, (gym.spaces.Box, gym.spaces.Discrete))
@@ -222,10 +213,6 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
     if not obs_space.shape:
         fail(f"{args.env_id} has observations without an axis; wrap it in FlattenObservation")
-    shape, dtype = np.shape(first), np.asarray(first).dtype
-    if shape != obs_space.shape or not np.can_cast(dtype, obs_space.dtype, "same_kind"):
-        what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
-        fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
     if images and not (stacked or atari.find_game(args.env_id)):
         what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"
         fail(f"{args.env_id} {what}; use ppo_discrete.py")
@@ -235,6 +222,19 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             what = "images must be of bytes, [C, H, W], and 36 pixels wide and high"
             fail(f"{args.env_id}: {what}; wrap what is none in FlattenObservation")
+    first, _ = env.reset(seed=0)
+    env.close()
+    shape, dtype = np.shape(first), np.asarray(first).dtype
+    if shape != obs_space.shape or not np.can_cast(dtype, obs_space.dtype, "same_kind"):
+        what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
+        fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
+    if args.capture_video or args.render:
+        about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
+        with failing(about, Exception):  # now, not after the training; each renderer has its own
+            env = make_env(args, "human" if args.render else "rgb_array")
+            env.reset(seed=0)
+            env.render()
+            env.close()
     return obs_space, action_space
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import atari, compute, envs, fail, failing, provenance, say
 from common.checkpoint import load_checkpoint, save_checkpoint
 
+ASKED = signal.SIGINT, signal.SIGTERM  # a terminal that closes may say so twice
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 
 
@@ -187,7 +188,7 @@ class Run:
                 self._finish()
         except Exception as raised:
             error = raised
-            if not self.signal:
+            if self.signal not in ASKED:
                 raise
         finally:
             self.bar.close()
@@ -199,7 +200,7 @@ class Run:
         if error is None and self.step == self.last_step:
             self._say(f"done: {self.dir}")
             self.parts["envs"].close()
-        if self.signal and isinstance(error, Exception):  # Ctrl-C ends a compiler too
+        if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
             self._leave()
 
@@ -218,12 +219,14 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
-        if self.signal:
+        asked = self.signal in ASKED
+        if asked and number in ASKED:
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(128 + number)
-        self.signal = number
-        self._say("stopping at the next boundary; once more to leave at once", sys.stderr)
+        self.signal = self.signal if asked else number
+        with contextlib.suppress(RuntimeError):  # it came amid another line
+            self._say("stopping at the next boundary; once more to leave at once", sys.stderr)
 
     def due(self, every: int, step: int) -> bool:
         """Tell if a multiple of `every` was passed since the last progress, before the end."""

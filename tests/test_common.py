@@ -809,14 +809,9 @@ def test_observations_may_be_views_that_run_backwards(script, options):
     assert np.array_equal(agent.act(obs[::-1].copy()[::-1]), agent.act(obs))
 
 
-def test_a_mistake_in_a_users_environment_is_said_to_be_there(monkeypatch, capsys):
-    class Mistaken(gym.Env):
-        def __init__(self):
-            _ = None.size
-
-    gym.register("Mistaken-v0", Mistaken)
+def test_a_mistake_in_a_users_environment_is_said_to_be_there(capsys):
     for env_id, said in (
-        ("Mistaken-v0", rf"no attribute 'size' \(\S+{Path(__file__).name}, line \d+\)\n"),
+        ("toy_envs:Mistaken-v0", r"no attribute 'size' \(\S*toy_envs.py, line \d+\)\n"),
         ("Missing-v0", r"error: --env-id Missing-v0: [^(]*\n"),
         ("ALE/breakout-v5", "; games are spelled as ALE/Breakout-v5\n"),
     ):
@@ -825,19 +820,9 @@ def test_a_mistake_in_a_users_environment_is_said_to_be_there(monkeypatch, capsy
         assert re.search(said, capsys.readouterr().err)
 
 
-class ThreadsEnv(toy_envs.Counter):
-    """Its observation is how many threads PyTorch has."""
-
-    observation_space = gym.spaces.Box(0, 100, (1,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        return np.full(1, torch.get_num_threads(), np.float32), {}
-
-
 def test_workers_do_not_wait_for_threads_of_the_trainer():
     """Which a fork leaves behind: an environment that computes with PyTorch would hang."""
-    gym.register("Threads-v0", ThreadsEnv)
-    args = Args(env_id="Threads-v0", num_envs=2, vectorization="async")
+    args = Args(env_id="toy_envs:Threads-v0", num_envs=2, vectorization="async")
     torch.set_num_threads(2)
     try:
         torch.randn(512, 512) @ torch.randn(512, 512)

@@ -1,6 +1,8 @@
 """Stopping and going on: killed, signalled, in the middle of writing. Both scripts."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import shlex
 import signal
@@ -119,12 +121,17 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
     )
-    for line in process.stdout:
-        if "steps/s" in line:
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    try:
+        for line in process.stdout:
+            if "steps/s" in line:
+                break
+        for _ in range(1 + (number == signal.SIGHUP)):  # a shell and the kernel may both send it
+            process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number and "Traceback" not in err
     assert shlex.join(["python", str(ROOT / script), "--resume", "r"]) in out
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
@@ -170,12 +177,15 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    for line in process.stdout:
-        if b"steps/s" in line:
-            break
-    process.stdout.close()
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130
+    try:
+        for line in process.stdout:
+            if b"steps/s" in line:
+                break
+        process.stdout.close()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
     assert step > 0
     more = "--total-timesteps", step + 128
@@ -183,7 +193,17 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
     assert "done: r" in out and "±" in out
 
 
-def test_a_closed_pipe_is_a_signal_to_end(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
+    def compile_function(function, *_):
+        compute.sys.stdout.write("compiling")
+        with contextlib.suppress(OSError):
+            compute.sys.stdout.flush()
+        return function
+
+    if compiled:  # or so it says
+        monkeypatch.setattr(compute, "compile_function", compile_function)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal, so lines and no bar
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
@@ -217,7 +237,7 @@ def test_what_another_process_went_on_with_is_not_gone_back_from(monkeypatch, ca
 
 
 def test_a_full_disk_ends_a_run_in_one_line(monkeypatch, capsys):
-    """TensorBoard meets it first; the last checkpoint stays."""
+    """That TensorBoard meets first (its thread adds a traceback); the last checkpoint stays."""
 
     def full(*_):
         raise OSError(28, "No space left on device")

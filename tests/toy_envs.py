@@ -4,6 +4,7 @@ import random
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Discrete
 
 
@@ -178,6 +179,22 @@ class Dice(Counter):
         return np.array([np.random.random(), random.random()])
 
 
+class Threads(Counter):
+    """Its observation is how many threads PyTorch has."""
+
+    observation_space = Box(0.0, 100.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.full(1, torch.get_num_threads(), np.float32), {}
+
+
+class Mistaken(Counter):
+    """Cannot be made."""
+
+    def __init__(self):
+        _ = None.size
+
+
 for kind, discrete in (("", False), ("-discrete", True)):
     for end in ("truncated", "terminated", "both"):
         gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
@@ -198,5 +215,7 @@ for cls in (
     Steps,
     Dial,
     Dice,
+    Threads,
+    Mistaken,
 ):
     gym.register(f"{cls.__name__}-v0", cls)
