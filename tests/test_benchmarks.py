@@ -32,7 +32,7 @@ from common.checkpoint import load_checkpoint
 
 COMMITTED = [
     name
-    for name in (*suites.SUITES, "pong_1m", "dqn_pong_1m", "dqn_pong_2m")
+    for name in (*suites.SUITES, "pong_1m", "dqn_pong_1m", "dqn_pong_2m", "dqn_breakout_1m")
     if (results.FOLDER / name).is_dir()
 ]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
@@ -80,14 +80,20 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
     late = pong.returns[pong.steps > 1_750_000].mean()
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
+    game = results.read_csv(results.FOLDER / "dqn_breakout_1m" / "ALE-Breakout-v5" / "1.csv")
+    late = game.returns[game.steps > 750_000].mean()
+    assert f"0.75M and 1M steps that run's games return {late:.1f} on average" in readme
     with results.PUBLISHED.open() as file:
         known = [x for x in csv.DictReader(file) if x["source"].startswith("Dopamine")]
-    assert [row["env_id"] for row in known] == ["PongNoFrameskip-v0", "BreakoutNoFrameskip-v0"]
+    pong, breakout = "PongNoFrameskip-v0", "BreakoutNoFrameskip-v0"
+    assert [row["env_id"] for row in known] == [pong, breakout, breakout]
     for row in known:
         seeds = [float(x) for x in row["what"].split(": ")[1].split(" (")[0].split()]
         assert len(seeds) == 5
         assert np.mean(seeds) == pytest.approx(float(row["mean"]), abs=0.01)
         assert np.std(seeds) == pytest.approx(float(row["std"]), abs=0.01)
+        if row["steps"] == "1000000":
+            assert f"as above, {np.mean(seeds):.1f} ± {np.std(seeds):.1f} (`breakout" in readme
         if row["env_id"].startswith("Pong"):
             assert f"has there {np.mean(seeds):.1f} ± {np.std(seeds):.1f} (`baselines" in readme
             assert f"five seeds, from {min(seeds):.1f} to {max(seeds):.1f})" in readme
