@@ -108,6 +108,7 @@ class Run:
             try:
                 load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is to be known now
             except SystemExit:
+                self.writer.close()
                 shutil.rmtree(self.dir)
                 raise
 

@@ -374,6 +374,7 @@ def test_progress_is_that_since_the_run_went_on(monkeypatch, capsys):
     state = {"first_step": 1000, "step": 1000, "last_step": 9000, "start": 0.0, "printed": 0.0}
     run = SimpleNamespace(**state, returns=[], bar=bar, signal=0, saved=0)
     run.scalars = lambda values, step: logged.append((step, values["charts/SPS"]))
+    run._say = runs.say
     said = []
     for now, step in ((5.0, 1500), (14.9, 2490), (15.1, 2510), (25.0, 3500), (80.0, 9000)):
         monkeypatch.setattr(runs.time, "perf_counter", lambda now=now: now)
