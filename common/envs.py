@@ -274,7 +274,7 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += float(reward)
             lengths[i] += 1
-            if getattr(env, "recording", False) and lengths[i] == 3000:  # frames are in memory
+            if args.capture_video and lengths[i] == 3000 and env.recording:  # into memory
                 env.stop_recording()
     env.close()
     torch.set_float32_matmul_precision(precision)

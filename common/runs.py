@@ -149,7 +149,8 @@ class Run:
             try:
                 before = json.loads(path.read_text())
             except ValueError:  # it was never on disk as a whole
-                before = {}
+                print(f"{path} is damaged: what the run was begun with is not known")
+                return
             if other := [x for x in ("code", "versions", "machine") if before.get(x) != config[x]]:
                 print(f"not as it was begun: {', '.join(other)}; it goes on, perhaps not exactly")
 

@@ -845,7 +845,8 @@ def test_a_film_is_no_longer_than_memory_affords(monkeypatch):
 
     film = Film()
     monkeypatch.setattr(envs, "make_env", lambda *_: film)
-    args = SimpleNamespace(seed=3, eval_episodes=2, render=False, capture_video=False)
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *_, **__: env)
+    args = SimpleNamespace(seed=3, eval_episodes=2, render=False, capture_video=True)
     envs.play(lambda _: np.zeros(1, np.float32), args, Path())
     assert film.stopped == 3000
 

@@ -1,6 +1,5 @@
 """Stopping and going on: killed, signalled, in the middle of writing. Both scripts."""
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -195,21 +194,16 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
-    def compile_function(function, *_):
-        compute.sys.stdout.write("compiling")
-        with contextlib.suppress(OSError):
-            compute.sys.stdout.flush()
-        return function
-
-    if compiled:  # or so it says
-        monkeypatch.setattr(compute, "compile_function", compile_function)
+    """Also where that it compiles is what nobody reads first."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal, so lines and no bar
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as stopped:
-            train(Args(env_id="Pendulum-v1", total_timesteps=6400, run_dir="r", **SHORT))
+            options = SHORT | {"compile": compiled}
+            train(Args(env_id="Pendulum-v1", total_timesteps=6400, run_dir="r", **options))
         print("to nobody", flush=True)
     assert stopped.value.code == 128 + signal.SIGPIPE
     assert 0 < load_checkpoint("r/checkpoint.pt")["global_step"] < 6400
@@ -234,6 +228,16 @@ def test_what_another_process_went_on_with_is_not_gone_back_from(monkeypatch, ca
         train(dataclasses.replace(args, resume="r"), first[2])
     assert stopped.value.code == 2 and "another process meanwhile" in capsys.readouterr().err
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 640
+
+
+def test_a_run_whose_config_was_never_on_disk_goes_on(capsys):
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    train(args)
+    Path("r/config.json").write_text("")
+    more = dataclasses.replace(args, resume="r", total_timesteps=128)
+    train(more, load_checkpoint("r/checkpoint.pt"))
+    assert "r/config.json is damaged" in capsys.readouterr().out
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 128
 
 
 def test_a_full_disk_ends_a_run_in_one_line(monkeypatch, capsys):
