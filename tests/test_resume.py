@@ -126,8 +126,7 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
         for line in process.stdout:
             if "steps/s" in line:
                 break
-        for _ in range(1 + (number == signal.SIGHUP)):  # a shell and the kernel may both send it
-            process.send_signal(number)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
@@ -164,6 +163,32 @@ def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch,
     assert stopped.value.code == 128 + signal.SIGTERM
     assert f"stopped at step {step}; go on: python {script.SCRIPT}.py" in capsys.readouterr().out
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == step
+
+
+def test_a_terminal_that_closes_may_say_so_twice(monkeypatch):
+    """Its shell and the kernel both do; that is nobody who asks once more."""
+    send, sent = envs.Environments.send, []
+
+    def closing(self, actions):
+        sent.append(actions)
+        if len(sent) == 100:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGHUP)
+        send(self, actions)
+
+    def leave(_):
+        raise AssertionError("at once")
+
+    monkeypatch.setattr(envs.Environments, "send", closing)
+    monkeypatch.setattr(runs.os, "_exit", leave)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not ignored, as under nohup
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train(Args(env_id="Pendulum-v1", total_timesteps=640, run_dir="r", **SHORT))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stopped.value.code == 128 + signal.SIGHUP
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 128
 
 
 def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
