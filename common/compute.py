@@ -140,6 +140,8 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
     names, inputs, lines = {"np": np, "inf": np.inf}, [], []
     try:
         graph = make_fx(lambda *x: function(*x))(*examples)
+        if any("convolution" in str(node.target) for node in graph.graph.nodes):
+            return untraced  # NumPy has no equal
         for node in graph.graph.nodes:
             if node.op == "placeholder":
                 inputs.append(node.name)
@@ -147,10 +149,7 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
             elif node.op == "get_attr":
                 names[node.name] = getattr(graph, node.target).detach().numpy()
             elif node.op == "call_function":
-                name = node.target._schema.name.removeprefix("aten::")
-                if name == "convolution":  # which has no equal in NumPy
-                    return untraced
-                operation = OPERATIONS[name]
+                operation = OPERATIONS[node.target._schema.name.removeprefix("aten::")]
                 assert not node.kwargs and len(node.args) == operation.count("{")
                 lines.append(f"{node.name} = {operation.format(*node.args)}")
             else:

@@ -461,6 +461,15 @@ def test_tracing_leaves_the_random_numbers_of_layers_alone():
     assert not all(np.array_equal(act(torch.ones(1, 3)), act(torch.ones(1, 3))) for _ in range(20))
 
 
+@pytest.mark.parametrize("script", [ppo_discrete, dqn_atari])
+@torch.no_grad()
+def test_convolutions_act_in_pytorch_as_is_expected_of_them(script, capsys):
+    agent = script.Agent((4, 84, 84), gym.spaces.Discrete(3), script.Args())
+    act = to_numpy(agent.sample, agent.args, torch.zeros(2, 4, 84, 84), torch.zeros(2, 3))
+    assert act.__name__ == "untraced"
+    assert capsys.readouterr().out == ""
+
+
 def test_bounds_are_within_those_of_the_space_and_in_order():
     space = gym.spaces.Box(np.array([0.1, -0.3, 0.7]), np.array([0.1, 0.3, 0.7]), dtype=np.float64)
     low, high = (x.numpy() for x in bounds(space))
