@@ -76,10 +76,11 @@ class Run:
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
         self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
         history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
-        history |= checkpoint or {}
+        history |= {"last_scalars": []} | (checkpoint or {})
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
+        self.last_scalars = []  # of the last step, which are on disk before the last evaluation's
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:
             fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
@@ -100,7 +101,10 @@ class Run:
         if args.track:
             self._track(new=checkpoint is None)
         # readers drop what a killed run logged after its checkpoint, as it is logged again
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if checkpoint else None)
+        purge_step = self.step + (not history["last_scalars"]) if checkpoint else None
+        self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+        for name, value in history["last_scalars"]:
+            self.scalars({name: value}, self.step)
         self._keep_config(config, new=checkpoint is None)
         self._introduce()
         if checkpoint is None:
@@ -238,7 +242,9 @@ class Run:
         """Log scalars at an environment step; a name without a section belongs to losses/."""
         with failing(f"{self.dir} could not be written", OSError, code=1):
             for name, value in values.items():
-                self.writer.add_scalar(name if "/" in name else f"losses/{name}", value, step)
+                name = name if "/" in name else f"losses/{name}"
+                self.writer.add_scalar(name, value, step)
+                self.last_scalars += [(name, float(value))] * (step == self.last_step)
 
     def episodes(self, finished: list[tuple[float, int, int]]) -> None:
         """Log finished training episodes: return, length, last step of each."""
@@ -288,7 +294,7 @@ class Run:
         with failing(f"{self.dir} could not be written", OSError, code=1):
             self.writer.flush()
         state = {"returns": list(self.returns), "best_return": self.best_return}
-        state["finished"] = finished
+        state |= {"finished": finished, "last_scalars": [] if finished else self.last_scalars}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         self._write("checkpoint.pt", {"global_step": step} | state)
         self.saved = step

@@ -25,7 +25,7 @@ from conftest import (
 import dqn_atari as dqn
 import sac_continuous as sac
 from common import arguments, compute, envs, runs
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.tensors import ReturnStatistics
 from ppo_continuous import Args, train
 
@@ -386,6 +386,13 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     died = load_checkpoint("r/checkpoint.pt")
     assert died["global_step"] == 128 and not died["finished"]
     assert "done: r" not in capsys.readouterr().out
+    write = save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # its events are on disk
+        save = lambda path, state: 1 / 0 if state.get("finished") else write(path, state)
+        patch.setattr(runs, "save_checkpoint", save)
+        script.train(dataclasses.replace(args, resume="r"), died)
+    died = load_checkpoint("r/checkpoint.pt")
+    assert not died["finished"]
     script.train(dataclasses.replace(args, resume="r"), died)
     assert_same_runs(Path("whole"), Path("r"), "best.pt")
     with pytest.raises(SystemExit) as stop:
