@@ -79,8 +79,7 @@ def read_run(run_dir: Path) -> Result:
     boundary = total - args["num_envs"] * args.get("num_steps", 1)
     if evaluations and evaluations[-1].step > boundary:
         config["evaluation"] = {"step": evaluations[-1].step, "return": evaluations[-1].value}
-        known = {event.step: event.value for event in evaluations}  # a kill may repeat the last
-        config["evaluations"] = [list(pair) for pair in known.items()]
+        config["evaluations"] = [[event.step, event.value] for event in evaluations]
         config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
     usage = run_dir.with_name(f"{run_dir.name}.usage.json")

@@ -51,6 +51,7 @@ class Replayable(gym.Wrapper):
     def __init__(self, args, index: int):
         super().__init__(make_env(args))
         self.stream, self.episode, self.actions = (args.seed, "env", index), -1, []
+        self.action_space.seed(stream_seed(*self.stream))  # some users' environments draw from it
 
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
@@ -250,8 +251,8 @@ def prepare_video() -> None:
             return
 
 
-def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
-    """Play --eval-episodes episodes, episode i seeded from (seed, i): returns, lengths.
+def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float], list[int]]:
+    """Play --eval-episodes episodes, episode i seeded from (seed, first + i): returns, lengths.
 
     An episode that neither terminates nor is truncated is left after 108,000 steps.
     """
@@ -265,9 +266,9 @@ def play(act: Callable, args, run_dir: Path) -> tuple[list[float], list[int]]:
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
-        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", i))
-        env.action_space.seed(stream_seed(args.seed, "eval", i, 0))
-        rng = np.random.default_rng(stream_seed(args.seed, "eval", i, 1))
+        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", first + i))
+        env.action_space.seed(stream_seed(args.seed, "eval", first + i, 0))
+        rng = np.random.default_rng(stream_seed(args.seed, "eval", first + i, 1))
         terminated = truncated = False
         while not (terminated or truncated or lengths[i] == 108_000):
             action = env.action_space.sample() if rng.random() < epsilon else act(obs)

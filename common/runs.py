@@ -60,7 +60,9 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
-    print(describe(*envs.play(agent.act, args, where.parent if where.is_file() else where)))
+    first = 10**6 if where.name == "best.pt" else 0  # others than it was chosen by
+    folder = where.parent if where.is_file() else where
+    print(describe(*envs.play(agent.act, args, folder, first)))
 
 
 class Run:

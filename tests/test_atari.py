@@ -3,6 +3,7 @@
 import functools
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import ale_py.vector_env
 import gymnasium as gym
@@ -102,6 +103,17 @@ def test_both_spellings_play_the_same():
         seen.append([environments.obs, *([*step[:4], step[4]["over"]] for step in steps)])
     assert_same(*seen)
     assert distinct(seen[0][0]) == 3  # each its own no-ops
+
+
+def test_each_game_has_a_seed_of_its_own():
+    seeds = {}
+    for run in (1, 2):
+        games = atari.AtariGames("breakout", 3, run, 0.0)
+        with mock.patch.object(games.games, "reset", wraps=games.games.reset) as reset:
+            games.reset()
+        seeds[run] = reset.call_args_list[0].kwargs["seed"].tolist()
+        assert seeds[run] == [stream_seed(run, "env", i, 0) % 2**31 for i in range(3)]
+    assert len({*seeds[1], *seeds[2]}) == 6
 
 
 @pytest.mark.parametrize("game", ["breakout", "space_invaders"])

@@ -282,11 +282,13 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(
         writer.add_scalar("charts/episodic_return", 7.0, 100)
         writer.add_scalar("charts/episodic_length", 9.0, 100)
         writer.add_scalar("charts/SPS", 1.0, logged)
+        writer.add_scalar("eval/episodic_return", 9.0, 200)  # the last counts, not the best
         writer.add_scalar("eval/episodic_return", 8.0, evaluated)
     config = {"script": "sac_continuous", "command": "python x", "args": args}
     Path("r/config.json").write_text(json.dumps(config))
     result = results.read_run(Path("r"))
-    assert ("evaluation" in result.config) == finished
+    last = {"step": evaluated, "return": 8.0}
+    assert result.config.get("evaluation") == (last if finished else None)
     assert [x.tolist() for x in (result.steps, result.returns, result.lengths)] == [[100], [7], [9]]
     shutil.copytree("r", "runs/a")  # a folder that was set aside is nobody's run
     shutil.copytree("r", "runs/a" + results.UNUSABLE)

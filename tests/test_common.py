@@ -501,6 +501,21 @@ def test_who_trains_in_a_child_process_is_no_worker():
     assert child.exitcode == 0
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_algorithms_on_a_gpu_are_deterministic_as_asked(monkeypatch, asked):
+    def use(deterministic):
+        raise LookupError(deterministic)  # before anything goes to the GPU
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: not asked)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", use)
+    args = sac_continuous.Args(device="cuda", torch_deterministic=asked, num_threads=1)
+    with pytest.raises(LookupError) as called:
+        compute.setup_torch(args, faster="cuda")
+    assert called.value.args == (asked,)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # as it demands
+
+
 def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
@@ -751,6 +766,16 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
     for name in (name for name in one["agent"] if "weight" in name):
         a, b, c = (x["agent"][name] for x in begun)
         assert torch.equal(a, b) and not torch.equal(a, c), name
+
+
+def test_an_environment_may_draw_from_its_action_space():
+    seen = []
+    for seed in (1, 1, 2):
+        environments = envs.Environments(Args(env_id="toy_envs:Whim-v0", num_envs=2, seed=seed))
+        steps = [environments.step(np.zeros((2, 1), np.float32))[0].copy() for _ in range(3)]
+        seen.append(np.stack(steps))
+    assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[0], seen[2])
+    assert len(np.unique(seen[0])) == 6
 
 
 @pytest.mark.parametrize("end", ["truncated", "terminated", "both"])

@@ -700,6 +700,41 @@ def test_exploration_is_uniform_and_the_rest_greedy(monkeypatch, epsilon):
         assert chi_squared(np.bincount(actions + 1, minlength=3), [4000 / 3] * 3) < 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_it_acts_with_the_epsilon_of_the_schedule(monkeypatch, compiled):
+    record = Record(monkeypatch)
+    options = SHORT | {"start_e": 1.0, "end_e": 0.0, "exploration_fraction": 0.5}
+    options |= {"total_timesteps": 4000, "learning_starts": 4000, "compile": compiled}
+    run_dir = dqn.train(dqn.Args(**options))  # which learns nothing
+    obs, actions = (np.concatenate(x) for x in zip(*record.acted))
+    with torch.no_grad():
+        q = dqn.load_agent(run_dir).critic(torch.from_numpy(obs))
+    explored = actions != q.argmax(1).numpy() - 1  # as the space begins at -1
+    for quarter in range(4):  # of the half in which epsilon falls; 2 of 3 random actions show
+        share = explored[quarter * 500 : (quarter + 1) * 500].mean()
+        assert share == pytest.approx((7 - 2 * quarter) / 8 * 2 / 3, abs=0.09)
+    assert not explored[2000:].any()
+
+
+def test_asynchronous_environments_train_the_same(monkeypatch):
+    """Also where a step overwrites at once what the one before returned."""
+    replays, send = [], envs.Environments.send
+
+    def overwriting(environments, action):
+        environments.obs[:] = 99
+        send(environments, action)
+
+    for run in ("sync", "async", "overwritten"):
+        options = {"env_id": "pixel_envs:Clock-v0", "total_timesteps": 400, "run_dir": run}
+        options |= {"vectorization": run if run == "async" else "sync", "checkpoint_replay": True}
+        if run == "overwritten":
+            monkeypatch.setattr(envs.Environments, "send", overwriting)
+        run_dir = dqn.train(dqn.Args(**SHORT | options))
+        replays.append(load_checkpoint(run_dir / "checkpoint.pt")["replay"])
+    assert_same(replays[0], replays[1])
+    assert_same(replays[0], replays[2])
+
+
 def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, capsys):
     record = Record(monkeypatch)
     record.power_cut_at = 68

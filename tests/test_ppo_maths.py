@@ -85,20 +85,22 @@ def test_gae_is_the_sum_over_k_step_advantages(seed, steps, num_envs, gamma, lam
 def test_estimate_bootstraps_from_the_real_last_observation(ppo):
     """Terminated, truncated, both, and the rollout's edge, where value equals observation."""
     options = {"norm_obs": False, "norm_reward": False, "hidden_sizes": ()}
-    args = ppo.Args(num_steps=3, num_envs=4, gamma=0.5, gae_lambda=0.5, **options)
+    args = ppo.Args(num_steps=3, num_envs=5, gamma=0.5, gae_lambda=0.5, **options)
     obs_space, action_space = gym.spaces.Box(-1, 1, (1,)), BOX if ppo is ppo_continuous else BUTTONS
     agent = ppo.Agent((1,), action_space, args)
     nn.init.ones_(agent.critic[0].weight)  # V(s) = s
     rollout = ppo.Rollout(args, obs_space, action_space, torch.device("cpu"))
     rollout.obs[:, :, 0] = torch.arange(4.0)[:, None] * 10  # 0, 10, 20, and pending 30
     rollout.terminations[1, [0, 2]] = True
-    rollout.truncations[1, [1]] = True
-    rollout.final_obs = {(1, 1): torch.tensor([100.0], dtype=torch.float64)}
+    rollout.truncations[1, [1, 2]] = rollout.truncations[2, 4] = True
+    last = torch.tensor([100.0], dtype=torch.float64)
+    rollout.final_obs = {(1, 1): last, (1, 2): last, (2, 4): last}
     rollout.rewards[0, 3] = 7.0
     values = agent(rollout.obs[:-1].flatten(0, 1))[1].detach()
     results = ppo.estimate(agent, rollout, values, args)
-    advantages, targets, values = (x.view(3, 4) for x in (*results, values))
-    expected = torch.tensor([[2.5, 15, 2.5, 11.6875], [0, 50, 0, 8.75], [15, 15, 15, 15]])
+    advantages, targets, values = (x.view(3, 5) for x in (*results, values))
+    expected = [[2.5, 15, 2.5, 11.6875, 6.875], [0, 50, 0, 8.75, 17.5], [15, 15, 15, 15, 50]]
+    expected = torch.tensor(expected)
     torch.testing.assert_close(targets, expected)
     torch.testing.assert_close(advantages, targets - values)
 

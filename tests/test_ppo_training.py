@@ -202,6 +202,7 @@ def test_a_rollout_holds_what_was_done_and_seen(monkeypatch, ppo):
     args = ppo.Args(env_id=f"toy_envs:{pick(ppo, 'Shaped', 'Buttons')}-v0", **options)
     agent = ppo.load_agent(ppo.train(args))
     actions, noise, final_obs, rewards, ends, variances, explained = zip(*seen)
+    assert not torch.equal(noise[0], noise[1])
     assert epsilons == [1e-5] and len(finals) > 20
     np.testing.assert_allclose(np.concatenate(final_obs), finals, rtol=1e-6)
     returns, carry = [], np.zeros(4)
@@ -232,9 +233,12 @@ def test_arguments_can_be_used_again(ppo):
 
 def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
     """Also those that draw from the process's generators."""
-    args = ppo.Args(env_id="toy_envs:Dice-v0", num_envs=3, vectorization="async")
-    environments = envs.Environments(args)
-    assert len(np.unique(environments.obs)) == 6
+    drawn = []
+    for seed in (1, 2):  # neighbours, which share nothing
+        options = {"num_envs": 3, "vectorization": "async", "seed": seed}
+        environments = envs.Environments(ppo.Args(env_id="toy_envs:Dice-v0", **options))
+        drawn += environments.obs.copy().flatten().tolist()
+    assert len(set(drawn)) == 12
     workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
     assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
     environments.close()
@@ -315,6 +319,8 @@ def test_best_pt_is_the_first_of_the_best(ppo, monkeypatch):
     last = load_checkpoint(Path("r/checkpoint.pt"))["agent"]
     assert not torch.equal(best["agent"]["actor.0.weight"], last["actor.0.weight"])
     assert load_checkpoint(Path("r/checkpoint.pt"))["best_return"] == 3.0
+    logged = [value for _, value in scalars(Path("r"))["eval/episodic_return"]]
+    assert logged == [1.0, 3.0, 2.0, 3.0, -1.0]
 
 
 def test_a_small_board_of_bytes_is_an_observation_like_any_other(ppo):

@@ -388,8 +388,9 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     assert "done: r" not in capsys.readouterr().out
     write = save_checkpoint
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # its events are on disk
-        save = lambda path, state: 1 / 0 if state.get("finished") else write(path, state)
-        patch.setattr(runs, "save_checkpoint", save)
+        patch.setattr(
+            runs, "save_checkpoint", lambda *x: 1 / 0 if x[1].get("finished") else write(*x)
+        )
         script.train(dataclasses.replace(args, resume="r"), died)
     died = load_checkpoint("r/checkpoint.pt")
     assert not died["finished"]

@@ -179,6 +179,13 @@ class Dice(Counter):
         return np.array([np.random.random(), random.random()])
 
 
+class Whim(Counter):
+    """Shows an action that it draws itself."""
+
+    def step(self, action):
+        return self.action_space.sample().astype(np.float64), *super().step(action)[1:]
+
+
 class Threads(Counter):
     """Its observation is how many threads PyTorch has."""
 
@@ -213,6 +220,7 @@ for cls in (
     Scalar,
     Unbounded,
     Steps,
+    Whim,
     Dial,
     Dice,
     Threads,
