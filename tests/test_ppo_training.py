@@ -161,7 +161,7 @@ def test_a_rollout_holds_what_was_done_and_seen(monkeypatch, ppo):
     """Actions as they were sampled, however the environment's are clipped, and real last
     observations; rewards in units of the discounted returns' deviation; against NumPy.
     """
-    seen, finals, epsilons = [], [], []
+    seen, finals, epsilons, at_the_edge = [], [], [], 0
     estimate, recv, adam = ppo.estimate, envs.Environments.recv, ppo.tensors.FlatAdam
 
     def received(self):
@@ -170,6 +170,8 @@ def test_a_rollout_holds_what_was_done_and_seen(monkeypatch, ppo):
         return outcome
 
     def spy(agent, rollout, values, args):
+        nonlocal at_the_edge
+        at_the_edge += rollout.truncations[-1].sum()
         result = estimate(agent, rollout, values, args)
         sampled, _ = agent.sample(rollout.obs[:-1].flatten(0, 1), rollout.noise.flatten(0, 1))
         actions = np.concatenate(rollout.actions)
@@ -198,19 +200,19 @@ def test_a_rollout_holds_what_was_done_and_seen(monkeypatch, ppo):
     monkeypatch.setattr(envs.Environments, "recv", received)
     monkeypatch.setattr(ppo.tensors, "FlatAdam", optimizer)
     options = SHORT | {"num_envs": 4, "norm_obs": False, "norm_reward": True, "update_epochs": 1}
-    options |= {"gamma": 0.9, "gae_lambda": 0.0, "total_timesteps": 1280}
+    options |= {"gamma": 0.9, "gae_lambda": 0.0, "total_timesteps": 1280, "num_steps": 16}
     args = ppo.Args(env_id=f"toy_envs:{pick(ppo, 'Shaped', 'Buttons')}-v0", **options)
     agent = ppo.load_agent(ppo.train(args))
     actions, noise, final_obs, rewards, ends, variances, explained = zip(*seen)
     assert not torch.equal(noise[0], noise[1])
-    assert epsilons == [1e-5] and len(finals) > 20
+    assert epsilons == [1e-5] and len(finals) > 20 and at_the_edge > 0
     np.testing.assert_allclose(np.concatenate(final_obs), finals, rtol=1e-6)
     returns, carry = [], np.zeros(4)
     for reward, end in zip(np.concatenate(rewards), np.concatenate(ends)):
         carry = 0.9 * carry + reward
         returns.append(carry)
         carry = np.where(end, 0, carry)
-    expected = [1.0, *(np.var(returns[: 64 * i]) for i in (1, 2, 3, 4))]
+    expected = [1.0, *(np.var(returns[:t]) for t in range(16, 320, 16))]
     np.testing.assert_allclose(variances, expected, rtol=1e-9)
     np.testing.assert_allclose(agent.return_statistics.var, np.var(returns), rtol=1e-9)
     np.testing.assert_allclose(agent.return_statistics.carry, carry, rtol=1e-9)
