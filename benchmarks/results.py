@@ -326,10 +326,7 @@ def table(suite: Positional[str] = "ppo_continuous") -> None:
 
 def rows(suite: str) -> list[str]:
     """Return the lines of the table: last 100 training episodes, mean over seeds, 95% interval."""
-    lines = [
-        "| environment | steps | return | 95% interval | each seed | CleanRL |",
-        "|---" * 6 + "|",
-    ]
+    lines, labels = [], set()
     for env_id, found in read_folder(FOLDER / suite).items():
         values = [float(np.mean(result.last())) for result in found]
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
@@ -339,8 +336,11 @@ def rows(suite: str) -> list[str]:
         columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), spread
         columns += (", ".join(format(value, form) for value in values),)
         columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)
+        labels |= {known.label} if known else set()
         lines.append(f"| {' | '.join(columns)} |")
-    return lines
+    label = labels.pop() if len(labels) == 1 else "CleanRL"
+    head = f"| environment | steps | return | 95% interval | each seed | {label} |"
+    return [head, "|---" * 6 + "|", *lines]
 
 
 def commands(suite: str) -> list[str]:

@@ -300,6 +300,15 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "env_id, label", [("Hopper-v5", "CleanRL (v4)"), ("Hopper-v4", "CleanRL"), ("A-v4", None)]
+)
+def test_what_is_published_says_of_which_version_it_is(env_id, label):
+    args = {"env_id": env_id, "total_timesteps": 1_000_000}
+    known = results.published({"script": "ppo_continuous", "args": args})
+    assert (known and known.label) == label
+
+
 def test_the_command_is_kept_without_what_says_only_where():
     config = {"script": "ppo_continuous", "command": "python a/x.py --seed 7 --run-dir r --squash"}
     assert results.command(config) == "python ppo_continuous.py --seed 7 --squash"
