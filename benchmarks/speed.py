@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -26,7 +27,11 @@ PEERS = {  # module: name, package
     "stable_baselines3": ("Stable-Baselines3", "stable-baselines3"),
     "sbx": ("SBX", "sbx-rl"),
     "torchrl": ("TorchRL", "torchrl"),
+    "cleanrl": ("CleanRL", ""),
 }
+# CleanRL's scripts, by ours
+CLEANRL = {"ppo_continuous": "ppo_continuous_action", "sac_continuous": "sac_continuous_action"}
+CLEANRL |= {"ppo_discrete": "ppo", "ppo_discrete, Atari": "ppo_atari", "dqn_atari": "dqn_atari"}
 OFF_POLICY = {"learning_starts": 1000, "buffer_size": 10_000}
 ABOUT = ("commit", "versions", "machine", "num_threads", "float32_matmul_precision")
 
@@ -65,7 +70,8 @@ def speed(
     num_steps: int = 0,
     total_timesteps: int = 0,
     threads: int = 1,
-    peer: Literal["stable_baselines3", "sbx", "torchrl"] = "stable_baselines3",
+    peer: Literal["stable_baselines3", "sbx", "torchrl", "cleanrl"] = "stable_baselines3",
+    cleanrl: Path | None = None,
     repeats: int = 3,
     flags: str = "",
     output: Path | None = None,
@@ -85,7 +91,9 @@ def speed(
         total_timesteps: environment steps of each measurement.
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
-            ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl).
+            ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl);
+            or CleanRL's own script, on v4 of MuJoCo's environments, one game in DQN.
+        cleanrl: with --peer cleanrl, a checkout of it, with what it needs in its .venv.
         repeats: measurements of each, alternating.
         flags: more flags for the script alone: --flags=--bf16.
         output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
@@ -93,13 +101,17 @@ def speed(
     atari = find_game(env_id or WORK[script].env_id) is not None
     if peer == "torchrl" and (script != "ppo_continuous" or set(num_envs) - {1}):
         fail("--peer torchrl: goes with ppo_continuous and one environment")
+    if (peer == "cleanrl") != (cleanrl is not None):
+        fail("--peer cleanrl and --cleanrl, a checkout of it, go together")
+    if cleanrl and not (cleanrl / ".venv/bin/python").exists():
+        fail(f"--cleanrl {cleanrl}: has no .venv/bin/python")
     counts = [("repeats", repeats), ("threads", threads), *(("num-envs", x) for x in num_envs)]
     for name, value in counts:
         if value < 1:
             fail(f"--{name} {value}: must be at least 1")
     work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
-    beside = importlib.util.find_spec(peer) is not None
+    beside = cleanrl is not None or importlib.util.find_spec(peer) is not None
     if not beside:
         print(f"without {peer_name}: pip install {package}")
     measurements = []
@@ -120,7 +132,8 @@ def speed(
             if beside:
                 device = "cpu" if config["machine"]["device"] == "cpu" else "cuda"  # it has a name
                 where = {"threads": threads, "device": device, "atari": atari, "peer": peer}
-                peers.append(clock_peer(setting, where))
+                clocked = clock_cleanrl(setting, where, cleanrl) if cleanrl else None
+                peers.append(clocked or clock_peer(setting, where))
             print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
         result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}
         for name, measured in ((f"{script}.py", ours), (peer_name, peers)):
@@ -129,7 +142,9 @@ def speed(
                 result[name] = {"steps_per_second": rates, "startup_seconds": startups}
         result["ratios"] = [a / b for (a, _), (b, _) in zip(ours, peers)]
         measurements.append(result)
-        if beside:
+        if cleanrl:
+            config["versions"]["cleanrl"] = cleanrl_versions(cleanrl)
+        elif beside:
             config["versions"][package] = version(package)
         content = {"script": script, "command": results.own_command()}
         content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
@@ -201,9 +216,40 @@ def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
     return steady([(int(step), float(when)) for step, when in lines], start, setting)
 
 
-def _run(words: list[str]) -> str:
+def clock_cleanrl(setting: dict, where: dict, checkout: Path) -> tuple[float, float]:
+    """Run CleanRL's script with the Python of its own .venv; return what `steady` does."""
+    checkout, env_id, script = checkout.absolute(), setting["env_id"], setting["script"]
+    if where["atari"]:
+        game = env_id.removeprefix("ALE/").removesuffix("-v5")
+        env_id = f"ale_py:{game.removesuffix('NoFrameskip-v4')}NoFrameskip-v4"
+    options = setting | {"env_id": re.sub("-v5$", "-v4", env_id)}  # its Gymnasium has no v5
+    options |= {"num_envs": 1} if script == "dqn_atari" else {}  # it plays no more
+    name = CLEANRL.get(f"{script}, Atari" * where["atari"], CLEANRL[script])
+    words = [str(checkout / "cleanrl" / f"{name}.py"), *["--no-cuda"] * (where["device"] == "cpu")]
+    for key, value in list(options.items())[1:]:
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    own = {"OMP_NUM_THREADS": str(where["threads"]), "PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        _run(words, str(checkout / ".venv/bin/python"), cwd=folder, env=os.environ | own)
+        (run_dir,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
+    return steady([(event.step, event.wall_time) for event in events], start, options)
+
+
+def cleanrl_versions(checkout: Path) -> dict[str, str]:
+    """Return the commit of a checkout, and the versions of packages in its .venv."""
+    names = "torch", "gymnasium", "mujoco", "ale-py", "numpy"
+    code = f"from importlib.metadata import version\nfor x in {names}: print(version(x))"
+    python = str(checkout / ".venv/bin/python")
+    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"], [python, "-c", code]
+    done = [subprocess.run(x, capture_output=True, text=True).stdout.split() for x in words]
+    return {"commit": " ".join(done[0])} | dict(zip(names, done[1]))
+
+
+def _run(words: list[str], python: str = sys.executable, **options) -> str:
     """Run a Python script, and return what it printed."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    done = subprocess.run([python, *words], capture_output=True, text=True, **options)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         fail(f"{Path(words[0]).name} ended with exit code {done.returncode}: {last}", code=1)

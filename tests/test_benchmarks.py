@@ -124,7 +124,8 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
             x.strip(" `") for x in line.strip("|").split("|")
         )
         script, work = new_script or script, new_work or work
-        peer = next((x for x in ("TorchRL", "SBX") if x in work), "Stable-Baselines3")
+        beside = (x for x in ("TorchRL", "SBX", "CleanRL") if x in work)
+        peer = next(beside, "Stable-Baselines3")
         count = re.search(r"(\d+) (environment|game)", work)
         told.append((script, peer, int(count[1]) if count else 1, machine, *columns))
     for path in results.FOLDER.glob("speed_*.json"):
@@ -134,9 +135,10 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
         series = [x["steps_per_second"] for x in found.values() if isinstance(x, dict)]
         assert ratios == pytest.approx([a / b for a, b in zip(*series, strict=True)])
         rates = [np.median(x) for x in series]
-        machine = re.search(r"(slower_)?(amx|amd)$", path.stem)
+        machine = re.search(r"(older_|slower_)?(amx|amd)$", path.stem)
         machine = (machine[1] or "").replace("_", " ") + machine[2].upper()
-        peer = next(x for x in ("TorchRL", "SBX", "Stable-Baselines3") if x in found)
+        peers = "TorchRL", "SBX", "CleanRL", "Stable-Baselines3"
+        peer = next(x for x in peers if x in found)
         row = f"{content['script']}.py", peer, found["num_envs"]
         row += (machine + ", `--bf16" * ("--bf16" in found["command"]),)
         row += (str(content["num_threads"]), *(f"{rate:,.0f}" for rate in rates))
@@ -745,6 +747,9 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("speed --threads 0", "--threads 0"),
         ("random --episodes 0", "--episodes 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
+        ("speed --peer cleanrl", "a checkout of it, go together"),
+        ("speed --cleanrl c", "a checkout of it, go together"),
+        ("speed --peer cleanrl --cleanrl c", "has no .venv/bin/python"),
         ("random --env-ids Nope-v0", "--env-ids Nope-v0: "),
         ("compare nowhere file", "there is no nowhere"),
         ("table nothing", "no results of nothing"),
@@ -883,6 +888,59 @@ def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutor
     with pytest.raises(SystemExit):
         speed.speed("sac_continuous", peer="torchrl")
     assert "--peer torchrl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, env_id, name, theirs, num_envs",
+    [
+        ("ppo_continuous", "HalfCheetah-v5", "ppo_continuous_action", "HalfCheetah-v4", 3),
+        ("ppo_discrete", "CartPole-v1", "ppo", "CartPole-v1", 3),
+        ("ppo_discrete", "ALE/Pong-v5", "ppo_atari", "ale_py:PongNoFrameskip-v4", 3),
+        ("dqn_atari", "PongNoFrameskip-v4", "dqn_atari", "ale_py:PongNoFrameskip-v4", 1),
+        ("sac_continuous", "Hopper-v5", "sac_continuous_action", "Hopper-v4", 3),
+    ],
+)
+def test_cleanrl_does_the_same_work_with_its_own_python(
+    script, env_id, name, theirs, num_envs, monkeypatch
+):
+    ran, extra = [], "num_steps" if "ppo" in script else "buffer_size"
+    python = Path("c/.venv/bin/python")
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 1.0 2.0 3.0 4.0 5.0\n")
+    python.chmod(0o755)
+
+    def run_python(words, python, cwd, env):
+        ran.append((words, python, env))
+        with SummaryWriter(Path(cwd, "runs", "x")) as writer:
+            for step in range(0, 9001, 1000):
+                writer.add_scalar("charts/SPS", 1.0, step, walltime=1000 + step / 100)
+
+    monkeypatch.setattr(speed, "_run", run_python)
+    clocked, seen = speed.clock_cleanrl, []
+
+    def clock(setting, threads, flags):
+        config = {name: {} for name in speed.ABOUT} | {"machine": {"device": "cpu"}}
+        return (200.0, 1.0), config | {"script": script, "command": "python x"}
+
+    def clock_cleanrl(*inputs):
+        seen.append(clocked(*inputs))
+        return seen[-1]
+
+    monkeypatch.setattr(speed, "clock_script", clock)
+    monkeypatch.setattr(speed, "clock_cleanrl", clock_cleanrl)
+    options = {"peer": "cleanrl", "cleanrl": Path("c"), "num_envs": (3,), "threads": 2}
+    speed.speed(script, env_id, repeats=1, output=Path("x.json"), **options)
+    content = json.loads(Path("x.json").read_text())
+    assert content["measurements"][0]["ratios"] == pytest.approx([2])
+    assert content["versions"]["cleanrl"]["torch"] == "1.0"
+    ((words, used, env),) = ran
+    assert words[0] == str(Path("c/cleanrl").absolute() / f"{name}.py")
+    assert used == str(python.absolute()) and env["OMP_NUM_THREADS"] == "2"
+    line = " ".join(words)
+    assert (
+        f"--no-cuda --env-id {theirs} --num-envs {num_envs} " in line
+        and f"{arguments.flag(extra)} " in line
+    )
 
 
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
