@@ -3,6 +3,8 @@
 import importlib
 import resource
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ from tyro.conf import Positional
 
 from benchmarks import results
 from common import envs, provenance
+from common.checkpoint import save_checkpoint
 
 
 def peak_memory(usage: resource.struct_rusage) -> float:
@@ -25,7 +28,9 @@ def memory(
     buffer_size: int = 1_000_000,
     output: Path | None = None,
 ) -> None:
-    """Fill a script's replay with random play, go on for a tenth more, and print the memory taken.
+    """Fill a script's replay with random play, go on for a tenth more; print the memory taken.
+
+    And how long it takes to save, as in a checkpoint.
 
     Args:
         script: the script.
@@ -57,6 +62,11 @@ def memory(
         content["mib"][end * args.num_envs] = round(taken)
         print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MiB", flush=True)
     environments.close()
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        save_checkpoint(Path(folder, "replay.pt"), replay.state_dict())
+        content["save_seconds"] = round(time.perf_counter() - begin, 2)
+    print(f"saved in {content['save_seconds']} s")
     results.write_json(content, output or Path(f"runs/memory_{script}.json"))
 
 

@@ -153,7 +153,7 @@ def speed(
 
 
 def rows(content: dict) -> list[str]:
-    """Return the lines of the README's table of what `speed` wrote; growth is from the first on."""
+    """Return a table of what `speed` wrote, in lines; growth is from the first on."""
     name = next((x for x, _ in PEERS.values() if x in content["measurements"][0]), "no peer")
     lines = [
         f"| {content['script']}.py | here | {name} | ratio, pair by pair | start-up | growth |"

@@ -230,7 +230,8 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
         fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
     if args.capture_video or args.render:
-        about = f"{args.env_id} cannot be drawn here" + " (libosmesa6?)" * args.capture_video
+        needs = " (apt install libosmesa6)" * hasattr(env.unwrapped, "mujoco_renderer")
+        about = f"{args.env_id} cannot be drawn here" + needs * args.capture_video
         with failing(about, Exception):  # now, not after the training; each renderer has its own
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)
@@ -258,10 +259,10 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     """
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
     if args.capture_video and not args.render:
-        videos, first = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
+        videos, only = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
-        env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **first)
+        env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **only)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere

@@ -945,10 +945,11 @@ def test_cleanrl_does_the_same_work_with_its_own_python(
 
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
     memory.memory("dqn_atari", "pixel_envs:Catch-v0", 8000, tmp_path / "memory.json")
-    *lines, written = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, saved, written = [line.split() for line in capsys.readouterr().out.splitlines()]
     content = json.loads(Path(*written).read_text())
     assert [f"{x:,}" for x in content["mib"].values()] == [line[2] for line in lines]
     assert [line[0] for line in lines] == ["800", "4,000", "8,000", "8,800"]
+    assert 0 < content["save_seconds"] == float(saved[2])
     full, later = (float(line[2]) for line in lines[2:])
     frames = 8000 * 84 * 84 / 2**20  # each kept once
     assert frames < full < 1.5 * frames and later - full < 0.1 * frames

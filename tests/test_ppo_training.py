@@ -19,7 +19,7 @@ from conftest import ROOT, assert_same, command, flags, run_script, scalars
 
 import ppo_continuous
 import ppo_discrete
-from common import compute, envs
+from common import compute, envs, runs
 from common.checkpoint import load_checkpoint
 
 SHORT = {"num_envs": 1, "num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
@@ -323,6 +323,21 @@ def test_best_pt_is_the_first_of_the_best(ppo, monkeypatch):
     assert load_checkpoint(Path("r/checkpoint.pt"))["best_return"] == 3.0
     logged = [value for _, value in scalars(Path("r"))["eval/episodic_return"]]
     assert logged == [1.0, 3.0, 2.0, 3.0, -1.0]
+
+
+def test_best_pt_is_evaluated_on_episodes_that_did_not_choose_it(ppo, monkeypatch):
+    seen, stream_seed = set(), envs.stream_seed
+    monkeypatch.setattr(envs, "stream_seed", lambda *x: (seen.add(x), stream_seed(*x))[1])
+    args = ppo.Args(env_id=simple(ppo), total_timesteps=128, **SHORT)
+    ppo.train(args)
+    played = [{x for x in seen if x[1] == "eval"}]
+    for path in ("r", "r/best.pt"):
+        seen.clear()
+        again = dataclasses.replace(args, evaluate=path)
+        runs.evaluate(ppo.load_agent, again, ppo.check_args(again))
+        played.append(seen.copy())
+    assert len(played[0]) == len(played[2]) == 6  # of two episodes: resets, actions, epsilon
+    assert played[0] == played[1] and played[0].isdisjoint(played[2])
 
 
 def test_a_small_board_of_bytes_is_an_observation_like_any_other(ppo):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CASES,
     ROOT,
     assert_killed_ends_as_whole,
     assert_same,
@@ -62,15 +63,18 @@ def test_killed_and_resumed_ends_as_if_never_stopped(
     assert_killed_ends_as_whole(script, arguments | options, 2, tmp_path, run)
 
 
-def test_killed_while_writing_a_checkpoint(run, tmp_path):
+@pytest.mark.parametrize("name", ["ppo", "sac", "dqn-all"])
+def test_killed_while_writing_a_checkpoint(run, tmp_path, name):
     """The process dies with half a checkpoint written; the one before it is whole."""
-    script = "ppo_continuous.py"
-    arguments = flags(env_id="Pendulum-v1", total_timesteps=64 * 12, checkpoint_every=64, **SHORT)
+    module, options = CASES[name]
+    script = f"{module.SCRIPT}.py"
+    options = options | {"total_timesteps": 64 * 12, "checkpoint_every": 64, "compile": False}
+    arguments = flags(**options)
     run(script, *arguments, "--run-dir", "whole", cwd=tmp_path)
     saboteur = tmp_path / "saboteur.py"
     saboteur.write_text(f"""
 import io, os, runpy, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 original, calls = torch.save, []
 def save(content, file):
     calls.append(1)
@@ -89,7 +93,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
         command(saboteur, *arguments, "--run-dir", "killed"), cwd=tmp_path, capture_output=True
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["global_step"] == 64 * 4
+    assert 256 <= load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["global_step"] < 320
     run(script, "--resume", "killed", cwd=tmp_path)
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
 
