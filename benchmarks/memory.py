@@ -1,4 +1,4 @@
-"""What a replay takes of the machine's memory."""
+"""What a replay takes of the machine's memory, and how long it takes to save."""
 
 import importlib
 import resource
@@ -28,9 +28,9 @@ def memory(
     buffer_size: int = 1_000_000,
     output: Path | None = None,
 ) -> None:
-    """Fill a script's replay with random play, go on for a tenth more; print the memory taken.
+    """Print what memory a replay takes as random play fills it, and how long it takes to save.
 
-    And how long it takes to save, as in a checkpoint.
+    Play goes on for a tenth more than fills it.
 
     Args:
         script: the script.
@@ -62,12 +62,14 @@ def memory(
         content["mib"][end * args.num_envs] = round(taken)
         print(f"{end * args.num_envs:,} transitions: {taken:,.0f} MiB", flush=True)
     environments.close()
-    with tempfile.TemporaryDirectory() as folder:
+    path = output or Path(f"runs/memory_{script}.json")
+    results.write_json(content, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         begin = time.perf_counter()
         save_checkpoint(Path(folder, "replay.pt"), replay.state_dict())
         content["save_seconds"] = round(time.perf_counter() - begin, 2)
     print(f"saved in {content['save_seconds']} s")
-    results.write_json(content, output or Path(f"runs/memory_{script}.json"))
+    results.write_json(content, path)
 
 
 def resident() -> float:

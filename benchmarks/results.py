@@ -79,7 +79,8 @@ def read_run(run_dir: Path) -> Result:
     boundary = total - args["num_envs"] * args.get("num_steps", 1)
     if evaluations and evaluations[-1].step > boundary:
         config["evaluation"] = {"step": evaluations[-1].step, "return": evaluations[-1].value}
-        config["evaluations"] = [[event.step, event.value] for event in evaluations]
+        known = {event.step: event.value for event in evaluations}  # a kill may repeat the last
+        config["evaluations"] = [list(pair) for pair in known.items()]
         config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
     usage = run_dir.with_name(f"{run_dir.name}.usage.json")
@@ -326,8 +327,11 @@ def table(suite: Positional[str] = "ppo_continuous") -> None:
 
 def rows(suite: str) -> list[str]:
     """Return the lines of the table: last 100 training episodes, mean over seeds, 95% interval."""
-    lines, labels = [], set()
-    for env_id, found in read_folder(FOLDER / suite).items():
+    lines, by_env = [], read_folder(FOLDER / suite)
+    knowns = filter(None, (published(found[0].config) for found in by_env.values()))
+    labels = {known.label for known in knowns}
+    label = labels.pop() if len(labels) == 1 else "CleanRL"
+    for env_id, found in by_env.items():
         values = [float(np.mean(result.last())) for result in found]
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
@@ -336,9 +340,9 @@ def rows(suite: str) -> list[str]:
         columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), spread
         columns += (", ".join(format(value, form) for value in values),)
         columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)
-        labels |= {known.label} if known else set()
+        if known and known.label != label:
+            columns = *columns[:-1], columns[-1] + known.label.removeprefix("CleanRL")
         lines.append(f"| {' | '.join(columns)} |")
-    label = labels.pop() if len(labels) == 1 else "CleanRL"
     head = f"| environment | steps | return | 95% interval | each seed | {label} |"
     return [head, "|---" * 6 + "|", *lines]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
+import gymnasium as gym
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tyro.conf import Positional
 
@@ -27,7 +28,7 @@ PEERS = {  # module: name, package
     "stable_baselines3": ("Stable-Baselines3", "stable-baselines3"),
     "sbx": ("SBX", "sbx-rl"),
     "torchrl": ("TorchRL", "torchrl"),
-    "cleanrl": ("CleanRL", ""),
+    "cleanrl": ("CleanRL", "cleanrl"),
 }
 # CleanRL's scripts, by ours
 CLEANRL = {"ppo_continuous": "ppo_continuous_action", "sac_continuous": "sac_continuous_action"}
@@ -114,6 +115,7 @@ def speed(
     beside = cleanrl is not None or importlib.util.find_spec(peer) is not None
     if not beside:
         print(f"without {peer_name}: pip install {package}")
+    versions = cleanrl_versions(cleanrl) if cleanrl else {}
     measurements = []
     for envs in num_envs or (work.num_envs,):
         setting = {"script": script, "env_id": env_id or work.env_id, "num_envs": envs}
@@ -125,6 +127,7 @@ def speed(
             setting |= {"num_steps": num_steps or max(1, work.rollout // envs // least) * least}
         else:
             setting |= OFF_POLICY
+        theirs = cleanrl_setting(setting, atari) if cleanrl else setting
         ours, peers = [], []
         for i in range(repeats):
             measured, config = clock_script(setting, threads, f"{work.flags} {flags}")
@@ -132,20 +135,20 @@ def speed(
             if beside:
                 device = "cpu" if config["machine"]["device"] == "cpu" else "cuda"  # it has a name
                 where = {"threads": threads, "device": device, "atari": atari, "peer": peer}
-                clocked = clock_cleanrl(setting, where, cleanrl) if cleanrl else None
-                peers.append(clocked or clock_peer(setting, where))
+                args = (theirs, where, cleanrl) if cleanrl else (theirs, where)
+                peers.append((clock_cleanrl if cleanrl else clock_peer)(*args))
             print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
         result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}
         for name, measured in ((f"{script}.py", ours), (peer_name, peers)):
             if measured:
                 rates, startups = zip(*measured)
                 result[name] = {"steps_per_second": rates, "startup_seconds": startups}
+        if theirs != setting:
+            result[peer_name]["setting"] = theirs
         result["ratios"] = [a / b for (a, _), (b, _) in zip(ours, peers)]
         measurements.append(result)
-        if cleanrl:
-            config["versions"]["cleanrl"] = cleanrl_versions(cleanrl)
-        elif beside:
-            config["versions"][package] = version(package)
+        if beside:
+            config["versions"][package] = versions or version(package)
         content = {"script": script, "command": results.own_command()}
         content |= {name: config[name] for name in ABOUT} | {"measurements": measurements}
         results.write_json(content, output or Path(f"runs/speed_{script}_{peer}.json"))
@@ -216,35 +219,48 @@ def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
     return steady([(int(step), float(when)) for step, when in lines], start, setting)
 
 
+def cleanrl_setting(setting: dict, atari: bool) -> dict:
+    """Return what CleanRL can do of a setting: v4 of MuJoCo's environments, one game in DQN."""
+    script, env_id = setting["script"], setting["env_id"]
+    name = CLEANRL.get(f"{script}, Atari" * atari, CLEANRL[script])
+    if atari:
+        game = find_game(env_id).title().replace("_", "")
+        env_id = f"ale_py:{game}NoFrameskip-v4"
+    elif f"{env_id.removesuffix('-v5')}-v4" in gym.registry:  # its Gymnasium has no v5
+        env_id = env_id.replace("-v5", "-v4")
+    one = {"num_envs": 1} if script == "dqn_atari" else {}
+    return setting | {"script": name, "env_id": env_id} | one
+
+
 def clock_cleanrl(setting: dict, where: dict, checkout: Path) -> tuple[float, float]:
     """Run CleanRL's script with the Python of its own .venv; return what `steady` does."""
-    checkout, env_id, script = checkout.absolute(), setting["env_id"], setting["script"]
-    if where["atari"]:
-        game = env_id.removeprefix("ALE/").removesuffix("-v5")
-        env_id = f"ale_py:{game.removesuffix('NoFrameskip-v4')}NoFrameskip-v4"
-    options = setting | {"env_id": re.sub("-v5$", "-v4", env_id)}  # its Gymnasium has no v5
-    options |= {"num_envs": 1} if script == "dqn_atari" else {}  # it plays no more
-    name = CLEANRL.get(f"{script}, Atari" * where["atari"], CLEANRL[script])
-    words = [str(checkout / "cleanrl" / f"{name}.py"), *["--no-cuda"] * (where["device"] == "cpu")]
-    for key, value in list(options.items())[1:]:
-        words += [f"--{key.replace('_', '-')}", str(value)]
+    checkout = checkout.absolute()
+    words = [str(checkout / "cleanrl" / f"{setting['script']}.py")]
+    words += ["--no-cuda"] * (where["device"] == "cpu")
+    for name, value in list(setting.items())[1:]:
+        words += [f"--{name.replace('_', '-')}", str(value)]
     own = {"OMP_NUM_THREADS": str(where["threads"]), "PYTHONPATH": str(checkout)}
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         _run(words, str(checkout / ".venv/bin/python"), cwd=folder, env=os.environ | own)
-        (run_dir,) = Path(folder, "runs").iterdir()
-        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
-    return steady([(event.step, event.wall_time) for event in events], start, options)
+        (path,) = Path(folder, "runs").rglob("events.out.tfevents.*")
+        events = EventAccumulator(str(path)).Reload().Scalars("charts/SPS")
+    return steady([(event.step, event.wall_time) for event in events], start, setting)
 
 
 def cleanrl_versions(checkout: Path) -> dict[str, str]:
-    """Return the commit of a checkout, and the versions of packages in its .venv."""
-    names = "torch", "gymnasium", "mujoco", "ale-py", "numpy"
-    code = f"from importlib.metadata import version\nfor x in {names}: print(version(x))"
+    """Return the commit of a checkout, and the versions of what is in its .venv."""
     python = str(checkout / ".venv/bin/python")
-    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"], [python, "-c", code]
-    done = [subprocess.run(x, capture_output=True, text=True).stdout.split() for x in words]
-    return {"commit": " ".join(done[0])} | dict(zip(names, done[1]))
+    code = "from importlib.metadata import distributions as d\n"
+    code += "for x in d(): print(x.metadata['Name'], x.version)"
+    words = [python, "-c", code], ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        done = [subprocess.run(x, capture_output=True, text=True).stdout for x in words]
+    except OSError as error:
+        fail(f"--cleanrl {checkout}: {error}")
+    installed = dict(line.split() for line in done[0].splitlines())
+    names = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
+    return {"commit": done[1].strip()} | {x: installed[x] for x in names if x in installed}
 
 
 def _run(words: list[str], python: str = sys.executable, **options) -> str:

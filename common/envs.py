@@ -51,11 +51,11 @@ class Replayable(gym.Wrapper):
     def __init__(self, args, index: int):
         super().__init__(make_env(args))
         self.stream, self.episode, self.actions = (args.seed, "env", index), -1, []
-        self.action_space.seed(stream_seed(*self.stream))  # some users' environments draw from it
 
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
         self.episode, self.actions = self.episode + 1, []
+        self.action_space.seed(stream_seed(*self.stream, self.episode, 0))  # some draw from it
         obs, _ = self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
         return obs, {}
 
@@ -230,8 +230,9 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
         fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
     if args.capture_video or args.render:
-        needs = " (apt install libosmesa6)" * hasattr(env.unwrapped, "mujoco_renderer")
-        about = f"{args.env_id} cannot be drawn here" + needs * args.capture_video
+        about = f"{args.env_id} cannot be drawn here"
+        if hasattr(env.unwrapped, "mujoco_renderer") and "DISPLAY" not in os.environ:
+            about += " (apt install libosmesa6)" * args.capture_video
         with failing(about, Exception):  # now, not after the training; each renderer has its own
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)
@@ -259,16 +260,16 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     """
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
     if args.capture_video and not args.render:
-        videos, only = run_dir / "videos", {"episode_trigger": lambda i: i == 0}
+        videos = run_dir / "videos"
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
-        env = gym.wrappers.RecordVideo(env, str(videos), name_prefix=name, **only)
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
-        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", first + i))
         env.action_space.seed(stream_seed(args.seed, "eval", first + i, 0))
+        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", first + i))
         rng = np.random.default_rng(stream_seed(args.seed, "eval", first + i, 1))
         terminated = truncated = False
         while not (terminated or truncated or lengths[i] == 108_000):

@@ -60,7 +60,8 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
-    first = 10**6 if where.name == "best.pt" else 0  # others than it was chosen by
+    chosen = where.is_file() and where.name != "checkpoint.pt"
+    first = 10**6 if chosen else 0  # by other episodes than these
     folder = where.parent if where.is_file() else where
     print(describe(*envs.play(agent.act, args, folder, first)))
 
@@ -78,11 +79,11 @@ class Run:
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
         self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
         history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
-        history |= {"last_scalars": []} | (checkpoint or {})
+        history = history | {"last_scalars": []} | (checkpoint or {})
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
-        self.last_scalars = []  # of the last step, which are on disk before the last evaluation's
+        self.last_scalars = []  # logged at the last step, as the last evaluation is once more
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:
             fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
@@ -102,7 +103,8 @@ class Run:
             self._lock()
         if args.track:
             self._track(new=checkpoint is None)
-        # readers drop what a killed run logged after its checkpoint, as it is logged again
+        # readers drop what a killed run logged after its checkpoint, as it is logged again; of the
+        # last step, to which the last evaluation belongs, all is
         purge_step = self.step + (not history["last_scalars"]) if checkpoint else None
         self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
         for name, value in history["last_scalars"]:
@@ -213,7 +215,7 @@ class Run:
             self._leave()
 
     def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
-        if self.saved < self.step:
+        if self.saved < self.step or self.signal:
             self.save(self.step)
         if self.signal:
             self._leave()
@@ -246,7 +248,8 @@ class Run:
             for name, value in values.items():
                 name = name if "/" in name else f"losses/{name}"
                 self.writer.add_scalar(name, value, step)
-                self.last_scalars += [(name, float(value))] * (step == self.last_step)
+                if step == self.last_step:
+                    self.last_scalars.append((name, float(value)))
 
     def episodes(self, finished: list[tuple[float, int, int]]) -> None:
         """Log finished training episodes: return, length, last step of each."""

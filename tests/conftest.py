@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -215,6 +216,8 @@ def assert_killed_ends_as_whole(script: str, options: dict, most: int, cwd: Path
 def in_tmp_path(request, tmp_path, monkeypatch):
     """Tests write where they may, and see a GPU where they should."""
     monkeypatch.chdir(tmp_path)
+    # events of one second are read in the order of their files' names, in which 10 is before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     for name, value in hidden_gpu(request).items():
         monkeypatch.setenv(name, value)  # for the processes that they start
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -896,7 +896,8 @@ def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutor
         ("ppo_continuous", "HalfCheetah-v5", "ppo_continuous_action", "HalfCheetah-v4", 3),
         ("ppo_discrete", "CartPole-v1", "ppo", "CartPole-v1", 3),
         ("ppo_discrete", "ALE/Pong-v5", "ppo_atari", "ale_py:PongNoFrameskip-v4", 3),
-        ("dqn_atari", "PongNoFrameskip-v4", "dqn_atari", "ale_py:PongNoFrameskip-v4", 1),
+        ("dqn_atari", "PongDeterministic-v4", "dqn_atari", "ale_py:PongNoFrameskip-v4", 1),
+        ("sac_continuous", "my:Env-v5", "sac_continuous_action", "my:Env-v5", 3),
         ("sac_continuous", "Hopper-v5", "sac_continuous_action", "Hopper-v4", 3),
     ],
 )
@@ -906,46 +907,40 @@ def test_cleanrl_does_the_same_work_with_its_own_python(
     ran, extra = [], "num_steps" if "ppo" in script else "buffer_size"
     python = Path("c/.venv/bin/python")
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho 1.0 2.0 3.0 4.0 5.0\n")
+    python.write_text("#!/bin/sh\necho torch 1.0\necho other 2.0\n")
     python.chmod(0o755)
 
     def run_python(words, python, cwd, env):
         ran.append((words, python, env))
-        with SummaryWriter(Path(cwd, "runs", "x")) as writer:
+        with SummaryWriter(Path(cwd, "runs", "a", "b")) as writer:  # as an id may have a slash
             for step in range(0, 9001, 1000):
                 writer.add_scalar("charts/SPS", 1.0, step, walltime=1000 + step / 100)
-
-    monkeypatch.setattr(speed, "_run", run_python)
-    clocked, seen = speed.clock_cleanrl, []
 
     def clock(setting, threads, flags):
         config = {name: {} for name in speed.ABOUT} | {"machine": {"device": "cpu"}}
         return (200.0, 1.0), config | {"script": script, "command": "python x"}
 
-    def clock_cleanrl(*inputs):
-        seen.append(clocked(*inputs))
-        return seen[-1]
-
+    monkeypatch.setattr(speed, "_run", run_python)
     monkeypatch.setattr(speed, "clock_script", clock)
-    monkeypatch.setattr(speed, "clock_cleanrl", clock_cleanrl)
     options = {"peer": "cleanrl", "cleanrl": Path("c"), "num_envs": (3,), "threads": 2}
     speed.speed(script, env_id, repeats=1, output=Path("x.json"), **options)
     content = json.loads(Path("x.json").read_text())
-    assert content["measurements"][0]["ratios"] == pytest.approx([2])
-    assert content["versions"]["cleanrl"]["torch"] == "1.0"
+    (found,) = content["measurements"]
+    assert found["ratios"] == pytest.approx([2]) and found["num_envs"] == 3
+    assert found["CleanRL"]["setting"]["num_envs"] == num_envs
+    assert content["versions"]["cleanrl"] == {"commit": "", "torch": "1.0"}
     ((words, used, env),) = ran
     assert words[0] == str(Path("c/cleanrl").absolute() / f"{name}.py")
     assert used == str(python.absolute()) and env["OMP_NUM_THREADS"] == "2"
+    assert env["PYTHONPATH"] == str(Path("c").absolute())
     line = " ".join(words)
-    assert (
-        f"--no-cuda --env-id {theirs} --num-envs {num_envs} " in line
-        and f"{arguments.flag(extra)} " in line
-    )
+    assert f"--no-cuda --env-id {theirs} --num-envs {num_envs} " in line
+    assert f"{arguments.flag(extra)} " in line
 
 
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
     memory.memory("dqn_atari", "pixel_envs:Catch-v0", 8000, tmp_path / "memory.json")
-    *lines, saved, written = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, _, saved, written = [line.split() for line in capsys.readouterr().out.splitlines()]
     content = json.loads(Path(*written).read_text())
     assert [f"{x:,}" for x in content["mib"].values()] == [line[2] for line in lines]
     assert [line[0] for line in lines] == ["800", "4,000", "8,000", "8,800"]

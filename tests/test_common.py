@@ -769,13 +769,26 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
 
 
 def test_an_environment_may_draw_from_its_action_space():
-    seen = []
-    for seed in (1, 1, 2):
-        environments = envs.Environments(Args(env_id="toy_envs:Whim-v0", num_envs=2, seed=seed))
-        steps = [environments.step(np.zeros((2, 1), np.float32))[0].copy() for _ in range(3)]
-        seen.append(np.stack(steps))
-    assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[0], seen[2])
-    assert len(np.unique(seen[0])) == 6
+    def play(environments, steps: int) -> np.ndarray:
+        action = np.zeros((environments.obs.shape[0], 1), np.float32)
+        return np.stack([environments.step(action)[0].copy() for _ in range(steps)])
+
+    def make(seed: int, num_envs: int = 2):
+        return envs.Environments(Args(env_id="toy_envs:Whim-v0", num_envs=num_envs, seed=seed))
+
+    environments = make(1)
+    seen = play(environments, 12)  # more than two episodes
+    assert len(np.unique(seen)) == 24 and not np.isin(play(make(2), 12), seen).any()
+    assert np.array_equal(play(make(1, num_envs=1), 12), seen[:, :1])
+    resumed = make(1)
+    resumed.load_state_dict(environments.state_dict())
+    assert not resumed.lost.any() and np.array_equal(play(resumed, 7), play(environments, 7))
+    args = SimpleNamespace(env_id="toy_envs:Whim-v0", seed=3, eval_episodes=2)
+    args.render = args.capture_video = False
+    shown = []
+    for _ in range(2):
+        envs.play(lambda obs: shown.append(obs.item()) or np.zeros(1, np.float32), args, Path())
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :] and len(set(shown)) > 8
 
 
 @pytest.mark.parametrize("end", ["truncated", "terminated", "both"])

@@ -240,10 +240,10 @@ def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
         options = {"num_envs": 3, "vectorization": "async", "seed": seed}
         environments = envs.Environments(ppo.Args(env_id="toy_envs:Dice-v0", **options))
         drawn += environments.obs.copy().flatten().tolist()
+        workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
+        assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
+        environments.close()
     assert len(set(drawn)) == 12
-    workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
-    assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
-    environments.close()
 
 
 def test_asynchronous_environments_train_the_same(ppo):

@@ -439,7 +439,8 @@ def test_ctrl_c_at_the_end_says_how_to_go_on(monkeypatch, capsys, during):
     assert "stopped at step 64; go on: python ppo_continuous.py --resume r" in (
         capsys.readouterr().out
     )
-    assert not load_checkpoint("r/checkpoint.pt")["finished"]
+    saved = load_checkpoint("r/checkpoint.pt")
+    assert not saved["finished"] and "charts/SPS" in dict(saved["last_scalars"])
 
 
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):
