@@ -259,7 +259,8 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     An episode that neither terminates nor is truncated is left after 108,000 steps.
     """
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
-    if args.capture_video and not args.render:
+    filming = args.capture_video and not args.render
+    if filming:
         videos = run_dir / "videos"
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
@@ -277,7 +278,7 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += float(reward)
             lengths[i] += 1
-            if args.capture_video and lengths[i] == 3000 and env.recording:  # into memory
+            if filming and lengths[i] == 3000 and env.recording:  # into memory
                 env.stop_recording()
     env.close()
     torch.set_float32_matmul_precision(precision)

@@ -168,16 +168,14 @@ class Run:
         auto = f" ({why})" if args.device == "auto" else ""
         mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
         how = f"{self.device}{auto}, {args.num_threads} thread(s), {mode}"
-        print(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
+        self._say(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
         if atari.find_game(args.env_id):
             rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
-            print(f"{atari.PROTOCOL}; {rewards}; sticky actions {args.sticky_actions:g}")
+            self._say(f"{atari.PROTOCOL}; {rewards}; sticky actions {args.sticky_actions:g}")
         elif getattr(args, "clip_reward", False):
-            print("--clip-reward: only the signs of rewards are learned from")
+            self._say("--clip-reward: only the signs of rewards are learned from")
         if (begin := getattr(args, "learning_starts", 0)) >= last_step:
-            print(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
-        with contextlib.suppress(OSError):  # _say will notice
-            sys.stdout.flush()
+            self._say(f"nothing is learned: --learning-starts {begin} is not below {last_step}")
 
     def _say(self, line: str, file: TextIO | None = None) -> None:
         if not say(line, file):  # save, and leave

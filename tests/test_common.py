@@ -896,6 +896,10 @@ def test_a_film_is_no_longer_than_memory_affords(monkeypatch):
     args = SimpleNamespace(seed=3, eval_episodes=2, render=False, capture_video=True)
     envs.play(lambda _: np.zeros(1, np.float32), args, Path())
     assert film.stopped == 3000
+    args.render = True  # of a run that filmed: it is only shown
+    del film.recording, Film.recording
+    assert envs.play(lambda _: np.zeros(1, np.float32), args, Path())[1] == [5000, 5000]
+    assert film.stopped == 3000
 
 
 @pytest.mark.parametrize("bound", [np.inf, float(np.finfo(np.float32).max), 1e300])
