@@ -30,11 +30,8 @@ from benchmarks import memory, plots, random_returns, results, run, speed, suite
 from common import arguments
 from common.checkpoint import load_checkpoint
 
-COMMITTED = [
-    name
-    for name in (*suites.SUITES, "pong_1m", "dqn_pong_1m", "dqn_pong_2m", "dqn_breakout_1m")
-    if (results.FOLDER / name).is_dir()
-]
+MORE = "pong_1m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
+COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
 TINY = suites.Suite(2, [("ppo_continuous", "Pendulum-v1", FLAGS)])
