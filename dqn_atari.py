@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save all the replay each time, as large as in memory; else a resumed run fills a new one"""
+    """save the replay each time, as large as in memory; else a resumed run fills anew: inexact"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0

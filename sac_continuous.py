@@ -95,7 +95,7 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """save all the replay each time, as large as in memory; else a resumed run fills a new one"""
+    """save the replay each time, as large as in memory; else a resumed run fills anew: inexact"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2

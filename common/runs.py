@@ -60,8 +60,8 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
         if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
-    chosen = where.is_file() and where.name != "checkpoint.pt"
-    first = 10**6 if chosen else 0  # by other episodes than these
+    best = where.is_file() and where.name != "checkpoint.pt"
+    first = 10**6 if best else 0  # not the episodes that chose it
     folder = where.parent if where.is_file() else where
     print(describe(*envs.play(agent.act, args, folder, first)))
 
@@ -79,7 +79,7 @@ class Run:
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
         self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
         history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
-        history = history | {"last_scalars": []} | (checkpoint or {})
+        history |= {"last_scalars": []} | (checkpoint or {})
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
