@@ -137,7 +137,7 @@ def speed(
                 where = {"threads": threads, "device": device, "atari": atari, "peer": peer}
                 args = (theirs, where, cleanrl) if cleanrl else (theirs, where)
                 peers.append((clock_cleanrl if cleanrl else clock_peer)(*args))
-            print(f"{envs} environment(s): {i + 1} of {repeats} measured", flush=True)
+            print(f"{count(envs)}: {i + 1} of {repeats} measured", flush=True)
         result = {"env_id": setting["env_id"], "num_envs": envs, "command": results.command(config)}
         for name, measured in ((f"{script}.py", ours), (peer_name, peers)):
             if measured:
@@ -170,11 +170,16 @@ def rows(content: dict) -> list[str]:
         first = first or rates[0]
         ratios = result["ratios"]
         spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
-        columns = [f"{result['env_id']}, {result['num_envs']} environment(s)"]
+        columns = [f"{result['env_id']}, {count(result['num_envs'])}"]
         columns += [f"{rate:,.0f}" for rate in rates] + ["-"] * (2 - len(rates))
         columns += [spread, " / ".join(startups), f"{rates[0] / first:.2f}"]
         lines.append(f"| {' | '.join(columns)} |")
     return lines
+
+
+def count(environments: int) -> str:
+    """Return their number in words."""
+    return f"{environments} environment{'s' * (environments > 1)}"
 
 
 def steady(times: list[tuple[int, float]], start: float, setting: dict) -> tuple[float, float]:

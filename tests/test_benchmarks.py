@@ -144,6 +144,19 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
     assert sorted(told) == sorted(measured)
 
 
+def test_the_readmes_growth_with_environments_is_that_of_the_committed_file():
+    content = json.loads((results.FOLDER / "growth_ppo_continuous_slower_amd.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert "\n\n" + "\n".join(speed.rows(content)) + "\n\n" in readme
+    assert f"`{content['command'].removesuffix(' --repeats 3')}`" in readme  # 3 by default
+    for found in content["measurements"]:
+        series = [x["steps_per_second"] for x in found.values() if isinstance(x, dict)]
+        assert found["ratios"] == pytest.approx([a / b for a, b in zip(*series, strict=True)])
+        flags = found["command"].split()
+        samples = found["num_envs"] * int(flags[flags.index("--num-steps") + 1])
+        assert samples == 2048  # the update is the same
+
+
 def test_the_readmes_pictures_are_drawn_from_the_committed_files():
     image = pytest.importorskip("PIL.Image")
     pictures = set(results.FOLDER.glob("*.png"))
@@ -789,8 +802,8 @@ def test_speed_is_measured_in_the_steady_state():
     }
     b = {"env_id": "A", "num_envs": 4, "s.py": {"steps_per_second": [2500], "startup_seconds": [2]}}
     rows = speed.rows({"script": "s", "measurements": [a, b | {"ratios": []}]})
-    first = "| A, 1 environment(s) | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
-    assert rows[2:] == [first, "| A, 4 environment(s) | 2,500 | - | - | 2.0 s | 2.50 |"]
+    first = "| A, 1 environment | 1,000 | 250 | 4.00 (3.00 to 5.50) | 2.0 s / 1.0 s | 1.00 |"
+    assert rows[2:] == [first, "| A, 4 environments | 2,500 | - | - | 2.0 s | 2.50 |"]
 
 
 def fail_at_8(clock):
