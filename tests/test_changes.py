@@ -9,14 +9,17 @@ import torch
 import torch.nn as nn
 from conftest import CASES, PPO, scalars
 
+import dqn_atari
 import ppo_continuous
 import sac_continuous
-from common import runs
+from common import compute, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import flatten_parameters, functional
 
 PENDULUM = PPO | {"env_id": "Pendulum-v1", "compile": False, "total_timesteps": 128}
 PENDULUM |= {"eval_episodes": 1}
+SHORT = {"total_timesteps": 128, "eval_episodes": 1}
+SAC_MLP, DQN_CNN = sac_continuous.mlp, dqn_atari.nature_cnn
 each_script = pytest.mark.parametrize(
     "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
 )
@@ -48,6 +51,51 @@ def test_what_is_no_floating_point_number_stays_what_it_is():
     module = Choice(3, 4)
     values, mask, best = functional(module, bf16=True)(flatten_parameters(module), torch.ones(2, 3))
     assert (values.dtype, mask.dtype, best.dtype) == (torch.float32, torch.bool, torch.int64)
+
+
+def deeper_mlp(layer, *sizes):
+    layers = SAC_MLP(layer, *sizes[:-1], 24, sizes[-1])
+    return sac_continuous.tensors.Network(*(nn.Tanh() if type(x) is nn.ReLU else x for x in layers))
+
+
+def deeper_cnn(obs_shape):
+    *convolutions, flatten, linear, relu = DQN_CNN(obs_shape)
+    more = nn.Conv2d(64, 64, 3, padding=1), nn.Tanh()
+    return nn.Sequential(*convolutions, *more, flatten, linear, relu)
+
+
+@pytest.mark.parametrize(
+    "case, network, edited", [("sac", "mlp", deeper_mlp), ("dqn-all", "nature_cnn", deeper_cnn)]
+)
+def test_an_edited_network_acts_and_learns_alike(case, network, edited, monkeypatch, capsys):
+    """Of PPO see test_ppo_maths.py."""
+    script, options = CASES[case]
+    begun, acting, to_numpy, save = {}, [], compute.to_numpy, runs.Run.save
+
+    def spy(*rest):
+        acting.append(to_numpy(*rest))
+        return acting[-1]
+
+    def begin(run, step, **rest):
+        if step == 0:
+            begun.update({k: x.clone() for k, x in run.parts["agent"].named_parameters()})
+        save(run, step, **rest)
+
+    monkeypatch.setattr(script, network, edited)
+    monkeypatch.setattr(compute, "to_numpy", spy)
+    monkeypatch.setattr(compute, "compile_function", lambda function, *_: function)  # not the point
+    monkeypatch.setattr(runs.Run, "save", begin)
+    script.train(script.Args(**options | SHORT | {"run_dir": "r"}))
+    assert "slower" not in capsys.readouterr().out
+    agent, (act,) = script.load_agent("r").requires_grad_(False), acting
+    assert act.__name__ == ("traced" if case == "sac" else "untraced")
+    noise = torch.zeros(2, *(agent.actions.shape if case == "dqn-all" else agent.low.shape))
+    for _ in range(20):
+        obs = torch.rand(2, *agent.obs_shape.tolist()) * (255 if case == "dqn-all" else 1)
+        for got, expected in zip(act(obs, noise), agent.sample(obs, noise), strict=True):
+            np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+    for name, parameter in agent.named_parameters():
+        assert name.startswith("target") or not torch.equal(parameter, begun[name]), name
 
 
 @each_script
