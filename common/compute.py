@@ -72,12 +72,13 @@ def setup_torch(args, faster: str) -> torch.device:
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**30)  # glibc gives memory back too readily: page faults cost a quarter
         libc.mallopt(-3, 2**25)  # of an update (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
+    # the compiler's advice to take it, and PyTorch 2.9's on how to set it
+    warnings.filterwarnings("ignore", "TensorFloat32|Please use the new API settings")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     wide = large or max(args.hidden_sizes, default=0) >= 256
     torch.set_float32_matmul_precision("medium" if wide else "highest")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-4:
         torch.set_float32_matmul_precision("highest")
-    warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler's advice to take it
     return device
 
 
