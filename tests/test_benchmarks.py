@@ -31,6 +31,7 @@ from common import arguments
 from common.checkpoint import load_checkpoint
 
 MORE = "pong_1m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
+MORE += ["sac_halfcheetah_bf16"]
 COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
@@ -74,6 +75,12 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4_cleanrl").values()
     a, b = (result.last().mean() for result in found)
     assert f"returns {a:.0f} and {b:.0f} on Humanoid-v4 (seeds 1 and 2," in readme
+    with_bf16, without = (
+        [result.last().mean() for result in results.read_folder(path)["HalfCheetah-v5"]]
+        for path in (results.FOLDER / "sac_halfcheetah_bf16", results.FOLDER / "sac_continuous")
+    )
+    assert min(without) < with_bf16[0] < max(without) and len(without) == 3
+    assert "and SAC's one lies among the three without it" in readme
     pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
     late = pong.returns[pong.steps > 1_750_000].mean()
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
