@@ -16,9 +16,8 @@ from common import compute, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import flatten_parameters, functional
 
-PENDULUM = PPO | {"env_id": "Pendulum-v1", "compile": False, "total_timesteps": 128}
-PENDULUM |= {"eval_episodes": 1}
 SHORT = {"total_timesteps": 128, "eval_episodes": 1}
+PENDULUM = PPO | SHORT | {"env_id": "Pendulum-v1", "compile": False}
 SAC_MLP, DQN_CNN = sac_continuous.mlp, dqn_atari.nature_cnn
 each_script = pytest.mark.parametrize(
     "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
