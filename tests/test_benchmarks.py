@@ -31,7 +31,7 @@ from common import arguments
 from common.checkpoint import load_checkpoint
 
 MORE = "pong_1m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
-MORE += ["sac_halfcheetah_bf16"]
+MORE += ["dqn_breakout_2m", "sac_halfcheetah_bf16"]
 COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
@@ -84,9 +84,14 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
     late = pong.returns[pong.steps > 1_750_000].mean()
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
-    game = results.read_csv(results.FOLDER / "dqn_breakout_1m" / "ALE-Breakout-v5" / "1.csv")
-    late = game.returns[game.steps > 750_000].mean()
-    assert f"0.75M and 1M steps that run's games return {late:.1f} on average" in readme
+    words = ("first run's games return {} on average", "0.75M and 1M the second's return {} and")
+    for name, after, said in zip(("2m", "1m"), (1_750_000, 750_000), words, strict=True):
+        folder = results.FOLDER / f"dqn_breakout_{name}" / "ALE-Breakout-v5"
+        game = results.read_csv(folder / "1.csv")
+        assert said.format(f"{game.returns[game.steps > after].mean():.1f}") in readme
+    ((played,),) = results.read_folder(results.FOLDER / "dqn_breakout_2m").values()
+    evaluated = played.config["evaluation"]["return"]
+    assert f"games of the first run's last policy return {evaluated:.0f}." in readme
     with results.PUBLISHED.open() as file:
         known = [x for x in csv.DictReader(file) if x["source"].startswith("Dopamine")]
     pong, breakout = "PongNoFrameskip-v0", "BreakoutNoFrameskip-v0"
@@ -96,10 +101,13 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         assert len(seeds) == 5
         assert np.mean(seeds) == pytest.approx(float(row["mean"]), abs=0.01)
         assert np.std(seeds) == pytest.approx(float(row["std"]), abs=0.01)
-        if row["steps"] == "1000000":
-            assert f"as above, {np.mean(seeds):.1f} ± {np.std(seeds):.1f} (`breakout" in readme
-        if row["env_id"].startswith("Pong"):
-            assert f"has there {np.mean(seeds):.1f} ± {np.std(seeds):.1f} (`baselines" in readme
+        deviation = f"{np.mean(seeds):.1f} ± {np.std(seeds):.1f}"
+        if row["env_id"] == breakout:
+            later = row["steps"] == "2000000"
+            words = "Dopamine's DQN, as above, {} (`breakout" if later else "and Dopamine's {}. But"
+            assert words.format(deviation) in readme
+        else:
+            assert f"has there {deviation} (`baselines" in readme
             assert f"five seeds, from {min(seeds):.1f} to {max(seeds):.1f})" in readme
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
