@@ -152,9 +152,11 @@ def test_without_a_compiler_it_says_which_package_to_install_and_runs_eagerly(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # evaluations are said with a ±
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     words = "--env-id Pendulum-v1 --total-timesteps 2048 --eval-episodes 1 --run-dir r"
     done = run_script("ppo_continuous.py", *words.split(), cwd=tmp_path)
     (said,) = [line for line in done.stdout.splitlines() if "apt install g++" in line]
-    assert said.startswith("running eagerly (no compiler?") and "eager" in done.stdout
+    assert said.startswith("running eagerly (no compiler?") and "thread(s), eager" in done.stdout
+    assert "done: r" in done.stdout
     assert (tmp_path / "r" / "checkpoint.pt").exists()

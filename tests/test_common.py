@@ -579,6 +579,27 @@ def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("size, precision", [(64, "highest"), (256, "medium")])
+def test_wide_layers_are_multiplied_by_onednn_and_a_gpu_is_for_large_networks(
+    size, precision, monkeypatch
+):
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size))  # an exact product
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = ppo_continuous.Args(hidden_sizes=(size,), num_threads=1)
+    assert compute.setup_torch(args, faster="cpu").type == "cpu"
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.filterwarnings("ignore:.*is being initialised with render_mode")
+def test_a_renderer_that_fails_is_noticed_before_the_training(monkeypatch, capsys):
+    monkeypatch.setattr(envs, "prepare_video", lambda: None)
+    args = ppo_continuous.Args(env_id="toy_envs:Counter-truncated-v0", capture_video=True)
+    with pytest.raises(SystemExit):
+        envs.check_spaces(args, gym.spaces.Box, "")  # of an environment that draws nothing
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: toy_envs:Counter-truncated-v0 cannot be drawn here: ")
+
+
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -653,6 +674,7 @@ def test_a_run_begun_on_the_cpu_goes_on_there(monkeypatch):
 
 PPO = {"gamma": 0.99, "gae_lambda": 0.95, "anneal_lr": True, "norm_adv": True, "clip_vloss": True}
 PPO |= {"vf_coef": 0.5, "max_grad_norm": 0.5, "target_kl": None}
+PPO |= {"vf_loss": "mse", "lr_schedule": "linear", "recompute_advantages": False}
 DISCRETE = PPO | {"learning_rate": 2.5e-4, "num_steps": 128, "num_minibatches": 4}
 DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_reward": False}
 
@@ -666,11 +688,13 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             | {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 1}
             | {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "clip_coef": 0.2}
             | {"ent_coef": 0.0, "norm_obs": True, "norm_reward": True, "hidden_sizes": (64, 64)}
-            | {"vf_loss": "mse", "lr_schedule": "linear", "squash": False},
+            | {"clip_reward": False, "squash": False},
         ),
         (
             ppo_discrete.Args(),
-            DISCRETE | {"total_timesteps": 500_000, "num_envs": 4, "clip_coef": 0.2},
+            DISCRETE
+            | {"total_timesteps": 500_000, "num_envs": 4, "clip_coef": 0.2}
+            | {"clip_reward": False, "hidden_sizes": (64, 64)},
         ),
         (
             ppo_discrete.Args(**ppo_discrete.ATARI),
@@ -683,7 +707,7 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "gamma": 0.99, "tau": 0.005}
             | {"batch_size": 256, "learning_starts": 5000, "policy_lr": 3e-4, "q_lr": 1e-3}
             | {"policy_frequency": 2, "target_network_frequency": 1, "autotune": True}
-            | {"num_envs": 1, "utd_ratio": 1.0, "hidden_sizes": (256, 256)},
+            | {"num_envs": 1, "utd_ratio": 1.0, "hidden_sizes": (256, 256), "alpha": 0.2},
         ),
         (
             dqn_atari.Args(),
@@ -692,12 +716,16 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             | {"start_e": 1.0, "end_e": 0.01, "exploration_fraction": 0.1, "loss": "mse"}
             | {"learning_starts": 80_000, "train_frequency": 4, "max_grad_norm": None}
             | {"n_step": 1, "double": False, "dueling": False, "prioritized": False}
+            | {"num_envs": 8, "checkpoint_replay": False, "sticky_actions": 0.0}
             | {"clip_reward": True, "priority_alpha": 0.6, "priority_beta": 0.4, "eval_e": 0.01},
         ),
     ],
     ids=["ppo_continuous", "ppo_discrete", "ppo_atari", "sac_continuous", "dqn_atari"],
 )
 def test_defaults_are_cleanrls(args, expected):
+    expected = expected | {"seed": 1, "torch_deterministic": True, "device": "auto"}
+    expected |= {"compile": True, "bf16": False, "num_threads": 0, "vectorization": "sync"}
+    expected |= {"checkpoint_every": 50_000, "eval_every": 0, "eval_episodes": 10}
     assert {name: getattr(args, name) for name in expected} == expected
     source = inspect.getsource(sys.modules[type(args).__module__].train)
     eps = "1e-5" if isinstance(args, (ppo_continuous.Args, ppo_discrete.Args)) else "1e-8"

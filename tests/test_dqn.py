@@ -283,6 +283,9 @@ def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step, prioritiz
     assert expected.sum() == 3 * (11 - n_step)
     counts = np.bincount(indices, minlength=30)
     assert chi_squared(counts, expected * 60_000 / expected.sum()) < 1
+    if prioritized:  # stratified: each of a batch falls into its own twentieth of the sum
+        place = (expected.cumsum()[indices.numpy()] - 1).reshape(-1, 20) * 20 / expected.sum()
+        assert (np.abs(place - np.arange(20)) <= 1).all()
 
 
 def test_n_steps_by_hand():
@@ -446,6 +449,17 @@ def random_batch(count: int):
 
 
 @torch.no_grad()
+def test_the_q_network_acts_and_the_target_network_begins_as_its_copy():
+    agent, obs = make_agent(), random_batch(50)[0][0]
+    for a, b in zip(agent.critic.parameters(), agent.target.parameters(), strict=True):
+        assert torch.equal(a, b)
+        b += 0.1 * torch.randn_like(b)
+    best = agent.critic(obs).argmax(1)
+    assert torch.equal(agent.sample(obs, torch.zeros(50, 3))[0], best)
+    assert not torch.equal(agent.target(obs).argmax(1), best)
+
+
+@torch.no_grad()
 def test_dueling_networks_tell_values_from_advantages():
     """Advantages have mean zero, so that a constant in them changes nothing."""
     network, obs = make_agent(dueling=True).critic, random_batch(20)[0][0]
@@ -465,6 +479,9 @@ def test_layers_are_those_of_the_papers(dueling):
     the convolutions end, and are scaled down there by the root of two.
     """
     network, obs = make_agent(dueling=dueling).critic, random_batch(20)[0][0]
+    streams = (network.advantage, network.state_value) if dueling else (network.advantage,)
+    for x in streams:
+        assert [type(layer) for layer in x] == [nn.Linear, nn.ReLU, nn.Linear]
     shapes = [tuple(x.shape) for x in network.parameters() if x.ndim > 1]
     stream = [(512, 64), (3, 512), (512, 64), (1, 512)]
     convolutions = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]

@@ -344,11 +344,14 @@ def test_networks_begin_orthogonal_with_their_gains(ppo):
 
     agent = make_agent(ppo)
     for network, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        assert [type(x) for x in network] == [nn.Linear, nn.Tanh] * 2 + [nn.Linear]
         check([x for x in network if isinstance(x, nn.Linear)], [math.sqrt(2)] * 2 + [last])
     if ppo is ppo_continuous:
         assert isinstance(agent.log_std, nn.Parameter) and not agent.log_std.any()
     if ppo is ppo_discrete:
         agent = ppo.Agent((4, 84, 84), BUTTONS, ppo.Args(hidden_sizes=()))
+        kinds = [nn.Conv2d, nn.ReLU] * 3 + [nn.Flatten, nn.Linear, nn.ReLU]
+        assert [type(x) for x in agent.cnn] == kinds
         weighted = [x for x in agent.cnn if hasattr(x, "weight")]
         shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136)]  # Mnih et al. 2015
         assert [tuple(x.weight.shape) for x in weighted] == shapes
@@ -356,12 +359,21 @@ def test_networks_begin_orthogonal_with_their_gains(ppo):
         check([*agent.actor, *agent.critic], [0.01, 1.0])
 
 
-@pytest.mark.parametrize("schedule, middle", [("linear", 0.5), ("cosine", 0.5)])
-def test_learning_rate_falls_to_zero(ppo, schedule, middle):
+def test_equal_advantages_give_a_finite_loss(ppo):
+    """They have no deviation to be divided by."""
+    obs, action, log_prob, advantage, *rest = random_batch(ppo)
+    policy, value = make_agent(ppo)(obs)
+    now = *ppo.log_prob_and_entropy(policy, action), value
+    loss, _ = ppo.ppo_loss(*now, log_prob, torch.ones_like(advantage), *rest, ppo.Args())
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learning_rate_falls_to_zero(ppo, schedule):
     args = ppo.Args(lr_schedule=schedule, learning_rate=2.0)
     rates = [ppo.learning_rate(x, args).item() for x in np.linspace(0, 1, 21)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 2 and rates[-1] == pytest.approx(0)
-    assert rates[10] == pytest.approx(2 * middle)
+    assert rates[10] == pytest.approx(1)
     assert rates[5] == pytest.approx(1.5 if schedule == "linear" else 1 + math.sqrt(0.5))
     assert ppo.learning_rate(0.7, ppo.Args(anneal_lr=False, learning_rate=2.0)) == 2
 

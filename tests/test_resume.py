@@ -1,5 +1,6 @@
 """Stopping and going on: killed, signalled, in the middle of writing. Both scripts."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -169,7 +170,8 @@ def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch,
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == step
 
 
-def test_a_terminal_that_closes_may_say_so_twice(monkeypatch):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_may_say_so_twice_and_nohup_outlives_it(ignored, monkeypatch):
     """Its shell and the kernel both do; that is nobody who asks once more."""
     send, sent = envs.Environments.send, []
 
@@ -185,14 +187,15 @@ def test_a_terminal_that_closes_may_say_so_twice(monkeypatch):
 
     monkeypatch.setattr(envs.Environments, "send", closing)
     monkeypatch.setattr(runs.os, "_exit", leave)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not ignored, as under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    ends = pytest.raises(SystemExit, match=f"^{128 + signal.SIGHUP}$")
     try:
-        with pytest.raises(SystemExit) as stopped:
+        with contextlib.nullcontext() if ignored else ends:
             train(Args(env_id="Pendulum-v1", total_timesteps=640, run_dir="r", **SHORT))
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert stopped.value.code == 128 + signal.SIGHUP
-    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 128
+    step = load_checkpoint("r/checkpoint.pt")["global_step"]
+    assert step == (640 if ignored else 128)
 
 
 def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):

@@ -26,7 +26,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import sac_continuous as sac
-from common import compute, envs
+from common import compute, envs, runs
 from common.checkpoint import load_checkpoint
 from common.compute import to_numpy
 from common.tensors import FlatAdam, flatten_parameters
@@ -446,9 +446,10 @@ def test_noise_is_normal_and_never_used_twice(monkeypatch):
 
     monkeypatch.setattr(sac, "make_updates", make_updates)
     monkeypatch.setattr(sac.compute, "to_numpy", spied)
-    sac.train(sac.Args(env_id="Pendulum-v1", **SHORT | {"num_envs": 8, "total_timesteps": 2100}))
-    assert [len(draws) for draws in noises.values()] == [250, 1996, 1996]
-    assert len({x.numpy().tobytes() for draws in noises.values() for x in draws}) == 4242
+    options = SHORT | {"num_envs": 8, "total_timesteps": 2100, "learning_starts": 96}
+    sac.train(sac.Args(env_id="Pendulum-v1", **options))
+    assert [len(draws) for draws in noises.values()] == [250, 2000, 2000]
+    assert len({x.numpy().tobytes() for draws in noises.values() for x in draws}) == 4250
     for draws in noises.values():
         x = torch.stack(draws).double()
         bound = 4 / math.sqrt(x.numel())
@@ -608,10 +609,18 @@ FAST |= {"policy_lr": 1e-3, "q_lr": 2e-3, "tau": 0.01}
 @pytest.mark.parametrize(
     "options", [FAST, pytest.param({"total_timesteps": 20_000}, marks=SLOW, id="defaults")]
 )
-def test_learns_to_swing_a_pendulum_up(options):
+def test_learns_to_swing_a_pendulum_up(options, monkeypatch):
     """From about -1,200 on, a random policy's return, to what others publish, about -150."""
+    graphs, progress = [], runs.Run.progress
+
+    def count(self, step):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        progress(self, step)
+
+    monkeypatch.setattr(runs.Run, "progress", count)
     options = options | {"learning_starts": 1000, "num_threads": 1, "run_dir": "r"}
     sac.train(sac.Args(env_id="Pendulum-v1", **options))
+    assert graphs[1] == graphs[0] + 2 and set(graphs[1:]) == {graphs[1]}  # each compiled once
     logged = scalars(Path("r"))
     returns = [value for _, value in logged["charts/episodic_return"]]
     assert np.mean(returns[:5]) < -800 and np.mean(returns[-20:]) > -250
