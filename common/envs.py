@@ -89,6 +89,7 @@ def _training_env(args, index: int, trainer: int) -> gym.Env:
         os.setpgid(0, 0)
         random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
         np.random.seed(stream_seed(args.seed, "numpy", index))
+        torch.manual_seed(stream_seed(args.seed, "init", index))
         torch.set_num_threads(1)  # the trainer's are not in a forked process, which would wait
     return Replayable(args, index)
 
@@ -164,7 +165,7 @@ class Environments:
         self.vector_env.set_attr("history", histories)
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
-        same = [x is not None and np.array_equal(x.astype(y.dtype), y, True) for x, y in found]
+        same = [x is not None and np.array_equal(np.array(x, y.dtype), y, True) for x, y in found]
         self.lost = ~np.array(same)
         if self.lost.any():
             print("the environment does not repeat itself from its seed and actions: new episodes")

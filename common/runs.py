@@ -227,12 +227,14 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
-        asked = self.signal in ASKED
-        if asked and number in ASKED:
+        if self.signal in ASKED and number in ASKED:
+            if time.monotonic() - self.asked < 0.2:  # once, but to the process and to its group
+                return
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(128 + number)
-        self.signal = self.signal if asked else number
+        if self.signal not in ASKED:
+            self.signal, self.asked = number, time.monotonic()
         with contextlib.suppress(RuntimeError):  # it came amid another line
             self._say("stopping at the next boundary; once more to leave at once", sys.stderr)
 

@@ -70,6 +70,7 @@ def play(environments, actions: list[np.ndarray]) -> list[list[np.ndarray]]:
         ("toy_envs:Shaped-v0", "sync"),
         ("toy_envs:Buttons-v0", "sync"),
         ("toy_envs:Opaque-v0", "sync"),
+        ("toy_envs:Listed-v0", "sync"),
         ("pixel_envs:Catch-v0", "sync"),
         ("Hopper-v5", "async"),
         ("CartPole-v1", "async"),

@@ -243,7 +243,7 @@ def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
         workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
         assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
         environments.close()
-    assert len(set(drawn)) == 12
+    assert len(set(drawn)) == 18
 
 
 def test_asynchronous_environments_train_the_same(ppo):

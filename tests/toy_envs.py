@@ -166,7 +166,7 @@ class Dial(Counter):
 class Dice(Counter):
     """Draws from the generators of the process, and shows what it drew."""
 
-    observation_space = Box(0.0, 1.0, (2,), np.float64)
+    observation_space = Box(0.0, 1.0, (3,), np.float64)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -176,7 +176,19 @@ class Dice(Counter):
         return self.drawn(), *super().step(action)[1:]
 
     def drawn(self):
-        return np.array([np.random.random(), random.random()])
+        return np.array([np.random.random(), random.random(), torch.rand(()).item()])
+
+
+class Listed(Counter):
+    """Gives its observations in lists."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = super().reset(seed=seed)
+        return obs.tolist(), infos
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs.tolist(), *rest
 
 
 class Whim(Counter):
@@ -231,6 +243,7 @@ for cls in (
     Whim,
     Dial,
     Dice,
+    Listed,
     Threads,
     Mistaken,
 ):
