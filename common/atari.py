@@ -4,7 +4,6 @@ import re
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
 from common.seeding import stream_seed
@@ -96,10 +95,10 @@ class AtariGames(VectorWrapper):
         """Return `history`, (number of the running game, its actions), or `obs`, of every game."""
         if name == "obs":
             return list(self.obs)
-        actions = [torch.tensor(x, dtype=torch.uint8) for x in self.actions]
+        actions = [np.array(x, np.uint8) for x in self.actions]
         return list(zip(self.episode.tolist(), actions))
 
-    def set_attr(self, name: str, histories: list[tuple[int, torch.Tensor]]) -> None:
+    def set_attr(self, name: str, histories: list[tuple[int, np.ndarray]]) -> None:
         """Repeat the actions of each `history`; each game begins so that all get there at once."""
         longest = max(len(actions) for _, actions in histories)
         for left in range(longest, -1, -1):

@@ -69,15 +69,15 @@ class Replayable(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
     @property
-    def history(self) -> tuple[int, torch.Tensor]:
+    def history(self) -> tuple[int, np.ndarray]:
         """Number of the running episode and its actions so far; when set, they are repeated."""
-        return self.episode, torch.from_numpy(np.array(self.actions))
+        return self.episode, np.array(self.actions)
 
     @history.setter
-    def history(self, history: tuple[int, torch.Tensor]) -> None:
+    def history(self, history: tuple[int, np.ndarray]) -> None:
         self.episode, over = history[0] - 1, False
         self.obs, _ = self.reset()
-        for action in history[1].numpy():
+        for action in history[1]:
             if not over:
                 self.obs, _, terminated, truncated, _ = self.step(action)
                 over = terminated or truncated
@@ -157,11 +157,14 @@ class Environments:
         """Return how to find the environments again, and the observations they wait with."""
         arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
         state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        return state | {"histories": list(self.vector_env.get_attr("history")), "steps": self.steps}
+        # between processes tensors would take a file and shared memory each
+        histories = [(i, torch.from_numpy(x)) for i, x in self.vector_env.get_attr("history")]
+        return state | {"histories": histories, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
-        histories, self.steps, self.new = state["histories"], state["steps"], []
+        histories = [(episode, actions.numpy()) for episode, actions in state["histories"]]
+        self.steps, self.new = state["steps"], []
         self.vector_env.set_attr("history", histories)
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
