@@ -334,7 +334,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
-            print(f"replay not saved, so not exact: learning begins at step {learning_starts:,}")
+            print(
+                f"replay not saved, so not exact: nothing learned before step {learning_starts:,}"
+            )
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from common import atari, fail, failing
-from common.runs import load_run
+from common.runs import ASKED, leave, load_run
 
 # what may be given anew; everything else comes from the run
 ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
@@ -84,7 +84,8 @@ def check_ranges(args) -> None:
 
 def parse_args(args_class: type, script: str, atari_defaults: dict | None = None) -> tuple:
     """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
-    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # until there is a run
+    for number in ASKED:  # until there is a run
+        signal.signal(number, leave)
     if hasattr(sys.stdout, "reconfigure"):  # in a notebook it is no file
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -7,7 +7,7 @@ import torch
 
 from common import fail
 
-FORMAT, VERSION = "single-file-rl checkpoint", 8
+FORMAT, VERSION = "single-file-rl checkpoint", 9
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -1,8 +1,10 @@
 """Environments: making them, checking their spaces, finding them again when a run is resumed."""
 
+import atexit
 import importlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import traceback
@@ -85,8 +87,9 @@ class Replayable(gym.Wrapper):
 
 
 def _training_env(args, index: int, trainer: int) -> gym.Env:
-    if os.getpid() != trainer:  # a worker: signals are for the process that trains
-        os.setpgid(0, 0)
+    if os.getpid() != trainer:  # a worker: that process saves, and then ends it
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)  # an environment's own processes heed them
         random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
         np.random.seed(stream_seed(args.seed, "numpy", index))
         torch.manual_seed(stream_seed(args.seed, "init", index))
@@ -109,6 +112,9 @@ class Environments:
             makers = [partial(_training_env, args, i, os.getpid()) for i in range(args.num_envs)]
             mode = AutoresetMode.SAME_STEP
             self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
+            for worker in getattr(self.vector_env, "processes", []):
+                worker.terminate = worker.kill
+                atexit.register(worker.kill)  # before multiprocessing's own end, which would wait
         self.background = hasattr(self.vector_env, "step_async")
         self.obs, _ = self.vector_env.reset()
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)

@@ -66,6 +66,13 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     print(describe(*envs.play(agent.act, args, folder, first)))
 
 
+def leave(number: int, _frame=None) -> NoReturn:
+    """Leave at once, with 128 + the signal's number, and without a word from worker processes."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(128 + number)
+
+
 class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
@@ -83,6 +90,9 @@ class Run:
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         self.best_return = history["best_return"]
+        if checkpoint and (self.dir / "best.pt").exists():  # it may be the younger
+            best = load_checkpoint(self.dir / "best.pt")["best_return"]
+            self.best_return = max(self.best_return, best)
         self.last_scalars = []  # logged at the last step, as the last evaluation is once more
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:
@@ -119,6 +129,8 @@ class Run:
                 self.writer.close()
                 shutil.rmtree(self.dir)
                 raise
+        elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
+            self.save(self.step)
 
     def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / ".lock").open("w")
@@ -230,9 +242,7 @@ class Run:
         if self.signal in ASKED and number in ASKED:
             if time.monotonic() - self.asked < 0.2:  # once, but to the process and to its group
                 return
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            os._exit(128 + number)
+            leave(number)
         if self.signal not in ASKED:
             self.signal, self.asked = number, time.monotonic()
         with contextlib.suppress(RuntimeError):  # it came amid another line
@@ -270,7 +280,8 @@ class Run:
             self._say(describe(returns, lengths))
         if mean > self.best_return:
             self.best_return = mean
-            self._write("best.pt", {"global_step": step, "agent": agent.state_dict()})
+            best = {"global_step": step, "best_return": mean, "agent": agent.state_dict()}
+            self._write("best.pt", best)
 
     def progress(self, step: int) -> None:
         """Log the speed, and show it in a bar, or a line every ten seconds without a terminal.

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -240,8 +241,12 @@ def test_environments_in_processes_of_their_own_draw_different_numbers(ppo):
         options = {"num_envs": 3, "vectorization": "async", "seed": seed}
         environments = envs.Environments(ppo.Args(env_id="toy_envs:Dice-v0", **options))
         drawn += environments.obs.copy().flatten().tolist()
-        workers = environments.vector_env.processes  # out of reach of a terminal's Ctrl-C
-        assert len(workers) == 3 and all(os.getpgid(x.pid) == x.pid for x in workers)
+        workers = environments.vector_env.processes
+        assert len(workers) == 3
+        for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal's or a scheduler's to all
+            for worker in workers:
+                os.kill(worker.pid, number)
+        environments.step(environments.vector_env.action_space.sample())
         environments.close()
     assert len(set(drawn)) == 18
 

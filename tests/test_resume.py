@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import shlex
 import signal
@@ -22,6 +23,7 @@ from conftest import (
     command,
     each_case,
     flags,
+    scalars,
 )
 
 import dqn_atari as dqn
@@ -108,17 +110,21 @@ def test_saving_and_evaluating_do_not_change_training(ppo):
     assert_same(*agents)
 
 
+PROCESSES = {"num_envs": 2, "vectorization": "async"}
+
+
 @pytest.mark.parametrize(
-    "script, env_id, number",
+    "script, env_id, number, options",
     [
-        ("ppo_continuous.py", "Pendulum-v1", signal.SIGINT),
-        ("ppo_continuous.py", "Pendulum-v1", signal.SIGTERM),
-        ("ppo_discrete.py", "CartPole-v1", signal.SIGINT),
-        ("ppo_discrete.py", "CartPole-v1", signal.SIGHUP),
+        ("ppo_continuous.py", "Pendulum-v1", signal.SIGINT, {}),
+        ("ppo_continuous.py", "Pendulum-v1", signal.SIGTERM, PROCESSES),
+        ("ppo_discrete.py", "CartPole-v1", signal.SIGINT, PROCESSES),
+        ("ppo_discrete.py", "CartPole-v1", signal.SIGHUP, PROCESSES),
     ],
 )
-def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number):
-    options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"}
+def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number, options):
+    """To all processes of a run, as from a terminal, a scheduler or systemd; none is left."""
+    options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"} | options
     process = subprocess.Popen(
         command(ROOT / script, *flags(env_id=env_id, **options)),
         cwd=tmp_path,
@@ -126,15 +132,17 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
+        start_new_session=True,
     )
     try:
         for line in process.stdout:
             if "steps/s" in line:
                 break
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=30)  # until every process that writes has ended
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number and "Traceback" not in err
     assert shlex.join(["python", str(ROOT / script), "--resume", "r"]) in out
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
@@ -328,6 +336,28 @@ ppo.train(ppo.Args(env_id="Pendulum-v1", compile=False, run_dir="r"))
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
+def test_worker_processes_end_with_one_that_ends_before_its_run(tmp_path, number):
+    """Without a word by a signal, and at once where it fails."""
+    program = f"""
+import os, signal, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import ppo_continuous as ppo
+from common import arguments, runs
+def begin(*_, **__):
+    {f"os.killpg(0, {int(number)}), time.sleep(100)" if number else "1 / 0"}
+runs.Run.__init__ = begin
+args, _ = arguments.parse_args(ppo.Args, ppo.SCRIPT)
+ppo.train(args)
+"""
+    words = flags(env_id="Pendulum-v1", compile=False, **PROCESSES)
+    words = [sys.executable, "-c", program, str(ROOT), *words]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": True}
+    done = subprocess.run(words, **options, timeout=60)
+    assert done.returncode == (128 + number if number else 1)
+    assert not done.stderr if number else done.stderr.count("Traceback") == 1
+
+
 def test_ctrl_c_while_compiling_says_how_to_go_on(monkeypatch, capsys):
     """It reaches the compiler too, which then fails."""
 
@@ -375,6 +405,45 @@ def init(**options):
     words = ["--resume", "a/r", "--total-timesteps", 512]
     assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
     assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 256
+
+
+def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
+    """Before the first checkpoint on the way to them."""
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    train(args)
+    more = dataclasses.replace(args, resume="r", total_timesteps=192)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
+        train(more, load_checkpoint("r/checkpoint.pt"))
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--resume", "r"])
+    train(*arguments.parse_args(Args, "ppo_continuous"))
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 192
+    steps = [step for step, _ in scalars(Path("r"))["eval/episodic_return"]]
+    assert steps == [64, 192]
+
+
+def test_best_pt_outlives_a_resumption_that_is_not_exact(monkeypatch):
+    """Of what was evaluated after the checkpoint only the best is known."""
+    means = iter([5.0, math.nan, 3.0, 4.0, 6.0, 1.0])
+
+    def play(*_):
+        if math.isnan(mean := next(means)):
+            raise KeyboardInterrupt
+        return [mean] * 2, [5, 5]
+
+    monkeypatch.setattr(envs, "play", play)
+    args = Args(env_id="Pendulum-v1", total_timesteps=256, eval_every=64, run_dir="r", **SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        train(args)
+    best = load_checkpoint("r/best.pt")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(runs.Run, "due", lambda run, every, step: every and (step < 192 or 1 / 0))
+        train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
+    assert best["global_step"] == 64 and best["best_return"] == 5
+    assert_same(load_checkpoint("r/best.pt"), best)
+    train(dataclasses.replace(args, resume="r"), load_checkpoint("r/checkpoint.pt"))
+    assert load_checkpoint("r/best.pt")["best_return"] == 6
+    assert load_checkpoint("r/checkpoint.pt")["best_return"] == 6
 
 
 @each_case
