@@ -83,7 +83,7 @@ class Args:
     learning_rate: float = 1e-4
     """Adam's learning rate"""
     buffer_size: int = 1_000_000
-    """transitions that the replay keeps (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
+    """transitions in the replay buffer (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 1.0
@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save the replay each time, as large as in memory; else a resumed run fills anew: inexact"""
+    """keep the replay, as large as in memory, in checkpoints; else a resumed run is not exact"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
@@ -105,17 +105,17 @@ class Args:
     end_e: float = 0.01
     """epsilon in the end"""
     exploration_fraction: float = 0.1
-    """share of the run in which epsilon falls, linearly"""
+    """fraction of the run in which epsilon falls, linearly"""
     eval_e: float = 0.01
     """epsilon in evaluations"""
     loss: Literal["mse", "huber"] = "mse"
     """error that the loss measures"""
     max_grad_norm: float | None = None
-    """gradients are scaled down to this global norm, if it is given"""
+    """gradients of a larger global norm are scaled down to it"""
     double: bool = False
     """let the Q-network choose the next action, and the target network value it"""
     dueling: bool = False
-    """estimate an action's value as the state's value and the action's advantage"""
+    """estimate an action's value as the state's value plus the action's advantage"""
     n_step: int = 1
     """rewards summed in a target before it bootstraps"""
     prioritized: bool = False
@@ -187,7 +187,7 @@ class SumTree:
     """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20.
 
     Priorities are integers in units of 2**-30, so that sums are exact on every device, and capped
-    (at 4,096, of a million leaves) so that no sum overflows.
+    (at 4,096 with a million leaves) so that no sum overflows.
     """
 
     def __init__(self, size: int, device):
@@ -215,8 +215,8 @@ class SumTree:
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    Numbers count all frames kept, slots are where they lie. A transition has five: four for its
-    observation, the last four for the next, whatever an episode did. Frame 0 is black: no past.
+    Numbers count all frames ever kept, slots are their places in `frames`. A transition has five:
+    its observation is the first four, the next one the last four. Frame 0 is black: no past.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
@@ -409,9 +409,9 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
         arguments.require(fits, args, name, f"be at least {args.num_envs}, as --num-envs is")
-    most = min(args.buffer_size // 2, args.learning_starts) // args.num_envs
-    need = f"be at most {most} (see --buffer-size, --learning-starts)"
-    arguments.require(args.n_step <= most, args, "n_step", need)
+    for name, least in (("learning_starts", args.n_step), ("buffer_size", 2 * args.n_step)):
+        fits, need = getattr(args, name) >= args.num_envs * least, f"{least} times --num-envs"
+        arguments.require(fits, args, name, f"be at least {need}, with --n-step {args.n_step}")
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
@@ -431,13 +431,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
-            print(
-                f"replay not saved, so not exact: nothing learned before step {learning_starts:,}"
-            )
+            print(f"replay not saved, so not exact: no learning before step {learning_starts:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
@@ -464,7 +462,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.append(losses)
                     if args.prioritized:
                         replay.reprioritize(indices, error)
-                    if step % args.target_network_frequency < args.train_frequency:
+                    if step % args.target_network_frequency < args.train_frequency:  # once in each
                         target.lerp_(critic, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
@@ -490,7 +488,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
     tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_().eval()
+    return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 
 
 if __name__ == "__main__":

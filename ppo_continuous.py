@@ -2,7 +2,7 @@
 
 Collect a rollout with the current policy; estimate how much better than expected each action was
 (GAE); take many small gradient steps that make good actions likelier, and gain nothing more once
-an action's probability has changed by the share --clip-coef. Schulman et al. 2017,
+an action's probability has changed by the fraction --clip-coef. Schulman et al. 2017,
 arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
     python ppo_continuous.py
@@ -106,7 +106,7 @@ class Args:
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     recompute_advantages: bool = False
-    """recompute values and advantages before every epoch, not once per rollout"""
+    """recompute values and advantages before every epoch instead of once per rollout"""
     clip_coef: float = 0.2
     """how far the probability ratio may move before the objective stops rewarding it"""
     clip_vloss: bool = True
@@ -118,7 +118,7 @@ class Args:
     vf_coef: float = 0.5
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """gradients are scaled down to this global norm"""
+    """gradients of a larger global norm are scaled down to it"""
     target_kl: float | None = None
     """end an update after an epoch that ends with a larger approximate KL (auxiliary detail 3)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -154,7 +154,7 @@ class Agent(nn.Module):
             self.register_buffer(name, bound)
 
     def encode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of raw observations [B, *obs_shape]; norm_obs clips at 10 deviations."""
+        """Features [B, F] of raw ones [B, *obs_shape]; norm_obs clips at 10 standard deviations."""
         if self.args.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
@@ -254,7 +254,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     It is one graph, once compiled. Weights learn only where `functional` calls them.
     """
 
-    def loss(parameters, obs, actions, *rest):
+    def loss(parameters, obs, actions, *rest):  # as in `batch`
         policy, value = tensors.functional(agent, args.bf16)(parameters, obs)
         return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
@@ -269,7 +269,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
 
 def learning_rate(progress: float, args: Args) -> torch.Tensor:
-    """Learning rate when a share `progress` of the run is done (detail 4)."""
+    """Learning rate when a fraction `progress` of the run is done (detail 4)."""
     left = (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1 - progress
     return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
 
@@ -280,7 +280,7 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
     values, next_values = values[:-1].cpu().numpy(), values[1:].clone().cpu().numpy()
     if rollout.final_obs:  # where an episode was cut: its real last observation
         final_values = agent.value(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))
-        next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()
+        next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()  # at [t, n]s
     rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
@@ -321,9 +321,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
-        agent.return_statistics.carry[environments.lost] = 0.0
+        agent.return_statistics.carry[environments.lost] = 0.0  # new episodes
         act = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; what does not feed the next action waits until it is complete
@@ -387,7 +387,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_statistics.mean"].shape, action_space, args).to(device)
     tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_().eval()
+    return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 
 
 if __name__ == "__main__":

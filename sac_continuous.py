@@ -83,7 +83,7 @@ class Args:
     q_lr: float = 1e-3
     """learning rate of the Q-networks and of alpha"""
     buffer_size: int = 1_000_000
-    """transitions that the replay keeps (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
+    """transitions in the replay buffer (a million: 170 MB for HalfCheetah, 7.2 GB for Atari)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -95,11 +95,11 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """save the replay each time, as large as in memory; else a resumed run fills anew: inexact"""
+    """keep the replay, as large as in memory, in checkpoints; else a resumed run is not exact"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """updates of the Q-networks before as many of the policy (TD3's delay)"""
+    """after so many updates of the Q-networks come as many of the policy (TD3's delay)"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -330,13 +330,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
-            print(
-                f"replay not saved, so not exact: nothing learned before step {learning_starts:,}"
-            )
+            print(f"replay not saved, so not exact: no learning before step {learning_starts:,}")
         if replay.shown is None or environments.lost.any():
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
@@ -390,7 +388,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
     tensors.flatten_parameters(agent.actor)  # laid out in memory as in training: rounds alike
     agent.load_state_dict(weights)
-    return agent.requires_grad_().eval()
+    return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 
 
 if __name__ == "__main__":

@@ -307,9 +307,9 @@ def compare(
     side has a single seed, the interval tells if that could be one more seed of the other.
 
     Args:
-        a: run folder, folder of run folders, folder of results, or a result's CSV file; or the name
-            of one under benchmarks/results/ or, else, under runs/benchmarks/.
-        b: the same.
+        a: A: run folder, folder of run folders, folder of results, or a result's CSV file; or the
+            name of one under benchmarks/results/ or, else, under runs/benchmarks/.
+        b: B: the same.
         output: the picture.
     """
     a, b = (_find(str(path), ROOT) for path in (a, b))

@@ -344,7 +344,8 @@ def run(
     repeats nothing that is finished. Ctrl-C lets the runs save, and leaves.
 
     Args:
-        suite: one of those in benchmarks/suites.py.
+        suite: ppo_continuous, ppo_discrete, ppo_atari, dqn_atari, sac_continuous or smoke; what
+            they have is in benchmarks/suites.py.
         env_ids: only these environments; also others, where the suite is of one script.
         seeds: how many of each; 0: up to the last that the suite has.
         first_seed: the first of them, as where another machine runs the ones before.
@@ -352,7 +353,8 @@ def run(
             a GPU, say how many it has memory for.
         threads: threads of each run.
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
-        flags: more flags of the script, as --flags="--gamma 0.9"; take a --run-dir of their own.
+        flags: more flags of the script, as --flags="--gamma 0.9"; with them, name a
+            --run-dir of their own.
         run_dir: folder of the suites' runs.
     """
     for name, value, least in (

@@ -89,7 +89,7 @@ def speed(
         num_envs: environments that step together; each number is measured.
         num_steps: steps of each environment in a PPO rollout; by default as many as leave the
             rollout about its size. It has as many minibatches as by default.
-        total_timesteps: environment steps of each measurement.
+        total_timesteps: environment steps of each measurement; 0: as many as the script needs.
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
             ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl);

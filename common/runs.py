@@ -77,7 +77,8 @@ class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
     `parts` are all that decides how training goes on, by name. A checkpoint has the state_dict of
-    each, and they are loaded from `checkpoint`, if there is one.
+    each, and they are loaded from `checkpoint`, if there is one. Once it is left at its last step,
+    a run evaluates, and saves what it has.
     """
 
     def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
@@ -130,7 +131,7 @@ class Run:
                 shutil.rmtree(self.dir)
                 raise
         elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
-            self.save(self.step)
+            save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
 
     def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / ".lock").open("w")

@@ -408,18 +408,25 @@ def init(**options):
 
 
 def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
-    """Before the first checkpoint on the way to them."""
-    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    """Before the first checkpoint on the way to them; nor are lost environments, whose episodes
+    are to begin anew in everything.
+    """
+    options = SHORT | {"num_envs": 8, "env_id": "toy_envs:Unseeded-v0", "anneal_lr": False}
+    args = Args(**options, total_timesteps=512, run_dir="r")
     train(args)
-    more = dataclasses.replace(args, resume="r", total_timesteps=192)
+    before = load_checkpoint("r/checkpoint.pt")
+    more = dataclasses.replace(args, resume="r", total_timesteps=1536)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
         train(more, load_checkpoint("r/checkpoint.pt"))
+    after = load_checkpoint("r/checkpoint.pt")
+    assert after["args"].pop("total_timesteps") == 1536 != before["args"].pop("total_timesteps")
+    assert_same(after | {"args": None}, before | {"args": None})
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--resume", "r"])
     train(*arguments.parse_args(Args, "ppo_continuous"))
-    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 192
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 1536
     steps = [step for step, _ in scalars(Path("r"))["eval/episodic_return"]]
-    assert steps == [64, 192]
+    assert steps == [512, 1536]
 
 
 def test_best_pt_outlives_a_resumption_that_is_not_exact(monkeypatch):
