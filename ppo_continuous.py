@@ -339,7 +339,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 rollout.truncations[t] = truncated
                 for n in np.flatnonzero(truncated):
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
-            run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            seen = rollout.rewards, rollout.obs, *rollout.final_obs.values()
+            run.require_finite("a reward or observation", *seen)
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 

@@ -148,10 +148,9 @@ class Agent(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
-        obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
         self.cnn = nature_cnn(obs_shape) if len(obs_shape) == 3 else None
-        obs_size = 512 if self.cnn else obs_size
-        self.actor = mlp(obs_size, *args.hidden_sizes, action_size)
+        obs_size = 512 if self.cnn else math.prod(obs_shape)
+        self.actor = mlp(obs_size, *args.hidden_sizes, gym.spaces.flatdim(action_space))
         self.critic = mlp(obs_size, *args.hidden_sizes, 1)
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):  # detail 2
@@ -340,7 +339,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 rollout.truncations[t] = truncated
                 for n in np.flatnonzero(truncated):
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
-            run.require_finite("a reward or observation", rollout.rewards, rollout.obs)
+            seen = rollout.rewards, rollout.obs, *rollout.final_obs.values()
+            run.require_finite("a reward or observation", *seen)
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 

@@ -3,7 +3,6 @@
 import atexit
 import importlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from common import atari, fail, failing
-from common.seeding import stream_seed
+from common.seeding import kept_generators, seed_process, stream_seed
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
@@ -68,7 +67,7 @@ class Replayable(gym.Wrapper):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:  # the reset may use the same buffer
             obs = np.copy(obs)
-        return obs, reward, terminated, truncated, {}
+        return obs, np.asarray(reward).item(), terminated, truncated, {}  # it may be [1]
 
     @property
     def history(self) -> tuple[int, np.ndarray]:
@@ -80,19 +79,21 @@ class Replayable(gym.Wrapper):
         self.episode, over = history[0] - 1, False
         self.obs, _ = self.reset()
         for action in history[1]:
-            if not over:
+            try:
                 self.obs, _, terminated, truncated, _ = self.step(action)
                 over = terminated or truncated
-        self.obs = None if over else self.obs
+            except Exception:  # as an action may be which this state does not allow
+                over = True
+            if over:
+                self.obs = None
+                break
 
 
 def _training_env(args, index: int, trainer: int) -> gym.Env:
     if os.getpid() != trainer:  # a worker: that process saves, and then ends it
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # an environment's own processes heed them
-        random.seed(stream_seed(args.seed, "python", index))  # not the trainer's stream
-        np.random.seed(stream_seed(args.seed, "numpy", index))
-        torch.manual_seed(stream_seed(args.seed, "init", index))
+        seed_process(args.seed, index)  # not the trainer's streams
         torch.set_num_threads(1)  # the trainer's are not in a forked process, which would wait
     return Replayable(args, index)
 
@@ -263,6 +264,7 @@ def prepare_video() -> None:
             return
 
 
+@kept_generators()
 def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float], list[int]]:
     """Play --eval-episodes episodes, episode i seeded from (seed, first + i): returns, lengths.
 
@@ -274,19 +276,22 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
         videos = run_dir / "videos"
         name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
-        env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)
+        with failing("--capture-video", OSError):
+            env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
         env.action_space.seed(stream_seed(args.seed, "eval", first + i, 0))
-        obs, _ = env.reset(seed=stream_seed(args.seed, "eval", first + i))
+        seed = stream_seed(args.seed, "eval", first + i)
+        seed_process(seed)
+        obs, _ = env.reset(seed=seed)
         rng = np.random.default_rng(stream_seed(args.seed, "eval", first + i, 1))
         terminated = truncated = False
         while not (terminated or truncated or lengths[i] == 108_000):
             action = env.action_space.sample() if rng.random() < epsilon else act(obs)
             obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += float(reward)
+            returns[i] += np.asarray(reward).item()
             lengths[i] += 1
             if filming and lengths[i] == 3000 and env.recording:  # into memory
                 env.stop_recording()

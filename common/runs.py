@@ -73,6 +73,17 @@ def leave(number: int, _frame=None) -> NoReturn:
     os._exit(128 + number)
 
 
+def _live_through_ctrl_c() -> None:
+    """In a process that an environment forks: Ctrl-C is the trainer's, SIGTERM ends it as ever."""
+    for number in ASKED:
+        if getattr(signal.getsignal(number), "__module__", None) == __name__:
+            ignored = number == signal.SIGINT  # but not by programs that it starts
+            signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_live_through_ctrl_c)
+
+
 class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
@@ -109,29 +120,32 @@ class Run:
                     parts[name].load_state_dict(checkpoint.pop(name))
         config = {"script": script, "args": vars(args), "code": provenance.code(script)}
         config |= provenance.record(device)
-        with failing(f"--run-dir {self.dir}", OSError):
+        with failing(f"--{'resume' if checkpoint else 'run-dir'} {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
             self._lock()
-        if args.track:
-            self._track(new=checkpoint is None)
-        # readers drop what a killed run logged after its checkpoint, as it is logged again; of the
-        # last step, to which the last evaluation belongs, all is
-        purge_step = self.step + (not history["last_scalars"]) if checkpoint else None
-        self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
-        for name, value in history["last_scalars"]:
-            self.scalars({name: value}, self.step)
-        self._keep_config(config, new=checkpoint is None)
-        self._introduce()
-        if checkpoint is None:
-            self.save(0)
-            try:
+        try:
+            if args.track:
+                self._track()
+            # readers drop what a killed run logged after its checkpoint, as it is logged again; of
+            # the last step, to which the last evaluation belongs, all is
+            purge_step = self.step + (not history["last_scalars"]) if checkpoint else None
+            with failing(f"{self.dir} could not be written", OSError, code=1):
+                self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+                self._keep_config(config, new=checkpoint is None)
+            for name, value in history["last_scalars"]:
+                self.scalars({name: value}, self.step)
+            self._introduce()
+            if checkpoint is None:
+                self.save(0)
                 load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is to be known now
-            except SystemExit:
+            elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
+                save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
+        except SystemExit:
+            with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
                 self.writer.close()
+            if checkpoint is None:
                 shutil.rmtree(self.dir)
-                raise
-        elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
-            save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
+            raise
 
     def _lock(self) -> None:  # until the run ends, or its process
         self._locked = (self.dir / ".lock").open("w")
@@ -145,7 +159,7 @@ class Run:
         if path.exists() and load_checkpoint(path)["global_step"] != self.step:
             fail(f"{self.dir} was trained by another process meanwhile: resume it again")
 
-    def _track(self, new: bool) -> None:
+    def _track(self) -> None:
         import wandb
 
         args, identity = self.args, self.dir / "wandb_id"
@@ -156,8 +170,6 @@ class Run:
         try:
             wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
         except Exception as error:  # wandb has many
-            if new:
-                shutil.rmtree(self.dir)
             fail(f"--track: {error}")
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept

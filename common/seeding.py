@@ -1,6 +1,7 @@
 """Random streams, spawned from (seed, name, index), so that neighbouring seeds share nothing."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +18,22 @@ def stream_seed(seed: int, name: str, *index: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
+def seed_process(seed: int, *index: int) -> None:
+    """Seed the process-wide generators on the CPU, which some users' environments draw from."""
+    random.seed(stream_seed(seed, "python", *index))
+    np.random.seed(stream_seed(seed, "numpy", *index))
+    torch.default_generator.manual_seed(stream_seed(seed, "init", *index))
+
+
+@contextmanager
+def kept_generators():
+    """Put the process-wide generators on the CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    for put_back, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states):
+        put_back(state)
+
+
 class Streams(dict):
     """A torch.Generator for each of some streams, by name, as in `rng["action"]`.
 
@@ -29,9 +46,8 @@ class Streams(dict):
         self.device = device
         for name in names:
             self[name].manual_seed(stream_seed(seed, name))
-        torch.manual_seed(stream_seed(seed, "init"))
-        random.seed(stream_seed(seed, "python"))
-        np.random.seed(stream_seed(seed, "numpy"))
+        torch.manual_seed(stream_seed(seed, "init"))  # on CUDA, too
+        seed_process(seed)
 
     def state_dict(self) -> dict:
         """Return all states, in tensors and plain Python."""

@@ -141,6 +141,60 @@ def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
     play(second, sample_actions(second, 30))
 
 
+def test_an_episode_that_fails_when_repeated_is_lost(monkeypatch):
+    """As one may whose actions are not allowed in every state."""
+
+    def refuse(*_):
+        raise AssertionError("not allowed here")
+
+    first = make("toy_envs:Counter-truncated-v0")
+    play(first, sample_actions(first, 3))
+    saved = first.state_dict()
+    second = make("toy_envs:Counter-truncated-v0")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_envs.Counter, "step", refuse)
+        second.load_state_dict(saved)
+    assert second.lost.all() and not second.obs.any()
+
+
+def test_rewards_may_be_arrays_of_one_number():
+    for vectorization in ("sync", "async"):
+        environments = make("toy_envs:Arrays-v0", vectorization=vectorization)
+        play(environments, sample_actions(environments, 5))
+        assert environments.finished_episodes() == [(3.0, 5, 10)] * 2
+        environments.close()
+    returns, lengths = envs.play(lambda _: np.zeros(1), Args(env_id="toy_envs:Arrays-v0"), Path())
+    assert returns == [3.0] * 10 and lengths == [5] * 10
+
+
+def test_evaluation_draws_from_process_wide_generators_the_same_and_leaves_them():
+    """For environments that draw from these."""
+
+    def states():
+        return str((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+
+    def act(obs):
+        seen[-1].append(obs.tolist())
+        return np.zeros(1)
+
+    seen, args = [], Args(env_id="toy_envs:Dice-v0", eval_episodes=2)
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(seen)), random.seed(len(seen)), np.random.seed(len(seen))
+        before = states()
+        seen.append([])
+        envs.play(act, dataclasses.replace(args, seed=seed), Path())
+        assert states() == before
+    assert seen[0] == seen[1] and len({x for obs in seen[0] + seen[2] for x in obs}) == 60
+
+
+def test_videos_that_cannot_be_written_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "videos").write_text("")
+    args = Args(env_id="CartPole-v1", capture_video=True)
+    with pytest.raises(SystemExit, match="2"):
+        envs.play(lambda _: 0, args, tmp_path)
+    assert capsys.readouterr().err.startswith("error: --capture-video: ")
+
+
 def test_an_episode_that_ends_early_when_repeated_is_lost(monkeypatch):
     first = make("toy_envs:Counter-truncated-v0")
     play(first, sample_actions(first, 3))

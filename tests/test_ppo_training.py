@@ -276,7 +276,7 @@ def test_evaluation_from_the_checkpoint_equals_the_one_in_training(run, tmp_path
     assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("where", ["reward", "observation"])
+@pytest.mark.parametrize("where", ["reward", "observation", "last"])
 def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoint(
     run, tmp_path, ppo, where
 ):

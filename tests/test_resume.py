@@ -120,6 +120,7 @@ PROCESSES = {"num_envs": 2, "vectorization": "async"}
         ("ppo_continuous.py", "Pendulum-v1", signal.SIGTERM, PROCESSES),
         ("ppo_discrete.py", "CartPole-v1", signal.SIGINT, PROCESSES),
         ("ppo_discrete.py", "CartPole-v1", signal.SIGHUP, PROCESSES),
+        ("ppo_continuous.py", "toy_envs:Helped-v0", signal.SIGINT, {}),
     ],
 )
 def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number, options):
@@ -128,6 +129,7 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
     process = subprocess.Popen(
         command(ROOT / script, *flags(env_id=env_id, **options)),
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -314,6 +316,33 @@ def test_a_full_disk_ends_a_run_in_one_line(monkeypatch, capsys):
         assert stopped.value.code == 1 and f"error: {name} could not be written: " in line
         assert 0 < load_checkpoint(f"{name}/checkpoint.pt")["global_step"] < 640
         assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    for module, name in ((runs, "SummaryWriter"), (Path, "write_text"), (os, "fsync")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(module, name, full)
+            train(args)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 1 and "could not be written: [Errno 28]" in said, said
+        assert said.startswith("error: r") and not Path("r").exists()
+    train(args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(runs, "SummaryWriter", full)
+        more = dataclasses.replace(args, resume="r", total_timesteps=128)
+        train(more, load_checkpoint("r/checkpoint.pt"))
+    assert stopped.value.code == 1 and load_checkpoint("r/checkpoint.pt")["finished"]
+
+
+def test_a_run_may_have_neither_output_nor_errors_open(tmp_path):
+    options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "run_dir": "r"}
+    line = shlex.join(command(ROOT / "ppo_continuous.py", *flags(**options)))
+    done = subprocess.run(["sh", "-c", f"exec {line} >&- 2>&-"], cwd=tmp_path, timeout=60)
+    assert done.returncode == 0 and load_checkpoint(tmp_path / "r/checkpoint.pt")["finished"]
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):

@@ -1,6 +1,8 @@
 """Small environments with known answers, registered the way a user's own module would."""
 
+import multiprocessing
 import random
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -67,7 +69,9 @@ class Buttons(Shaped):
 
 
 class Broken(Shaped):
-    """Returns NaN from step 700 of its life on, as a reward, in an observation, or in a first one."""
+    """Returns NaN from step 700 of its life on, as a reward, in an observation, or in a first one,
+    or infinities where it cuts an episode for them, and begins anew.
+    """
 
     steps = 0
 
@@ -85,6 +89,8 @@ class Broken(Shaped):
     def step(self, action):
         self.steps += 1
         obs, reward, *rest = super().step(np.nan_to_num(action))
+        if self.steps >= 700 and self.where == "last":
+            return np.full_like(obs, np.inf), reward, False, True, {}
         if self.steps >= 700 and self.where != "reset":
             obs, reward = (obs, np.nan) if self.where == "reward" else (obs * np.nan, reward)
         return obs, reward, *rest
@@ -215,6 +221,33 @@ class Threads(Counter):
         return np.full(1, torch.get_num_threads(), np.float32), {}
 
 
+class Arrays(Counter):
+    """Rewards are arrays of one number, as of a formula of the action."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+
+class Helped(Counter):
+    """Has a process of its own, as a simulator is, which is to outlive Ctrl-C and no more."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"target": time.sleep, "args": (600,), "daemon": True}
+        self.helper = multiprocessing.get_context("fork").Process(**options)
+        self.helper.start()
+
+    def step(self, action):
+        assert self.helper.is_alive()
+        return super().step(action)
+
+    def close(self):
+        self.helper.terminate()
+        self.helper.join(20)
+        assert self.helper.exitcode is not None
+
+
 class Mistaken(Counter):
     """Cannot be made."""
 
@@ -225,7 +258,7 @@ class Mistaken(Counter):
 for kind, discrete in (("", False), ("-discrete", True)):
     for end in ("truncated", "terminated", "both"):
         gym.register(f"Counter-{end}{kind}-v0", Counter, kwargs={"end": end, "discrete": discrete})
-    for where in ("reward", "observation", "reset"):
+    for where in ("reward", "observation", "reset", "last"):
         gym.register(
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
@@ -245,6 +278,8 @@ for cls in (
     Dice,
     Listed,
     Threads,
+    Arrays,
+    Helped,
     Mistaken,
 ):
     gym.register(f"{cls.__name__}-v0", cls)
