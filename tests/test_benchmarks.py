@@ -73,8 +73,9 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     humanoid = np.mean([result.last().mean() for result in found])
     assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4_cleanrl").values()
-    a, b = (result.last().mean() for result in found)
-    assert f"returns {a:.0f} and {b:.0f} on Humanoid-v4 (seeds 1 and 2," in readme
+    a, b, c = means = [result.last().mean() for result in found]
+    said = f"returns {a:.0f}, {b:.0f} and {c:.0f} on Humanoid-v4, {np.mean(means):.0f} in the mean"
+    assert f"{said} (seeds 1 to 3," in readme
     with_bf16, without = (
         [result.last().mean() for result in results.read_folder(path)["HalfCheetah-v5"]]
         for path in (results.FOLDER / "sac_halfcheetah_bf16", results.FOLDER / "sac_continuous")
