@@ -73,15 +73,20 @@ def leave(number: int, _frame=None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _live_through_ctrl_c() -> None:
+def _begin_forked() -> None:
     """In a process that an environment forks: Ctrl-C is the trainer's, SIGTERM ends it as ever."""
     for number in ASKED:
         if getattr(signal.getsignal(number), "__module__", None) == __name__:
             ignored = number == signal.SIGINT  # but not by programs that it starts
             signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
 
 
-os.register_at_fork(after_in_child=_live_through_ctrl_c)
+os.register_at_fork(  # meanwhile they wait, as Python would forget one
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ASKED),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED),
+    after_in_child=_begin_forked,
+)
 
 
 class Run:
