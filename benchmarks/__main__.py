@@ -16,4 +16,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     commands = (run, export, plot, table, compare, speed, memory, random)
     named = {command.__name__: command for command in commands}
-    tyro.extras.subcommand_cli_from_dict(named, prog="python -m benchmarks")
+    try:
+        tyro.extras.subcommand_cli_from_dict(named, prog="python -m benchmarks")
+    except KeyboardInterrupt:  # which `run` heeds itself
+        raise SystemExit(130) from None

@@ -17,8 +17,10 @@ SETTING = json.loads(sys.argv[1])
 # minibatches, epochs, learning rate, coefficient of the entropy
 PPO_SETTINGS = {"ppo_continuous": (32, 10, 3e-4, 0.0), "ppo_discrete": (4, 4, 2.5e-4, 0.01)}
 torch.set_num_threads(SETTING["threads"])
+os.environ["JAX_PLATFORMS"] = SETTING["device"]
 if SETTING["threads"] == 1:  # for JAX
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+sys.path.append(os.getcwd())  # where a user's environments may be
 
 import ale_py  # noqa: E402, F401  registers the games
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
@@ -66,7 +68,8 @@ def make_model(script: str, env_id: str, num_envs: int, atari: bool, device: str
         return peer.SAC(env=env, train_freq=1, gradient_steps=num_envs, **common)
     both = math.gcd(4, num_envs)  # an update for every four steps of an environment
     pace = {"train_freq": 4 // both, "gradient_steps": num_envs // both}
-    return peer.DQN(env=env, target_update_interval=1000, **pace, **common)
+    pace |= {"target_update_interval": 1000, "exploration_final_eps": 0.01}
+    return peer.DQN(env=env, **pace, **common)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """TorchRL's PPO with its tutorial's settings, given as JSON; prints `step seconds` as it goes."""
 
 import json
+import os
 import sys
 import time
 
@@ -18,6 +19,7 @@ from torchrl.objectives.value import GAE
 SETTING = json.loads(sys.argv[1])
 MINIBATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_GRAD_NORM = 64, 10, 3e-4, 1.0
 torch.set_num_threads(SETTING["threads"])
+sys.path.append(os.getcwd())  # where a user's environments may be
 torch.manual_seed(1)
 
 

@@ -63,7 +63,9 @@ def plot(
 def _find(name: str, root: Path) -> Path:
     places = (Path(name), results.FOLDER / name, root / name)
     found = next((path for path in places if path.exists()), None)
-    return found or fail(f"there is no {', '.join(map(str, places))}")
+    if found is None:
+        fail(f"there is no {', '.join(map(str, places))}")
+    return found if found.name else found.absolute()  # as "." has none
 
 
 def _pyplot():
@@ -229,6 +231,8 @@ def normalised(by_env: dict[str, list[Result]]) -> tuple[dict[str, list[float]],
         known = results.published(found[0].config)
         if unfinished := sum("evaluation" not in result.config for result in found):
             missing.append(f"{env_id}: {unfinished} of {len(found)} runs are not finished")
+        elif not all(len(result.returns) for result in found):
+            missing.append(f"{env_id}: a run has no finished episode")
         elif known is None:
             script = found[0].config["script"]
             missing.append(f"{env_id}: nothing is published for {script} and these steps")

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tyro.conf import Positional
 
 from benchmarks.suites import SUITES
-from common import fail
+from common import fail, failing
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resumed is no warning
 FOLDER = Path(__file__).parent / "results"
@@ -182,14 +182,19 @@ def write(result: Result, path: Path) -> None:
     The CSV has a row for every training episode: step at its end, seconds of work until then,
     return and length.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result.config, indent=2) + "\n")
-    with (whole := path.with_suffix(f".{os.getpid()}.writing")).open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for step, seconds, value, length in zip(*result[1:], strict=True):
-            writer.writerow((int(step), f"{seconds:.1f}", f"{value:.6g}", int(length)))
-    whole.replace(path)
+    lines = [",".join(COLUMNS)]
+    for step, seconds, value, length in zip(*result[1:], strict=True):
+        lines.append(f"{int(step)},{seconds:.1f},{value:.6g},{int(length)}")
+    _write(json.dumps(result.config, indent=2) + "\n", path.with_suffix(".json"))
+    _write("\n".join(lines) + "\n", path)
+
+
+def _write(text: str, path: Path) -> None:
+    """Write a file whole, or end with one line and leave what was there."""
+    with failing(f"{path} could not be written", OSError, code=1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (whole := path.with_suffix(f".{os.getpid()}.writing")).write_text(text)
+        whole.replace(path)
 
 
 def export(
@@ -269,8 +274,7 @@ def own_command() -> str:
 
 def write_json(content: dict, path: Path) -> None:
     """Write what was measured, and say where it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    _write(json.dumps(content, indent=2) + "\n", path)
     print(path)
 
 
@@ -332,7 +336,10 @@ def rows(suite: str) -> list[str]:
     labels = {known.label for known in knowns}
     label = labels.pop() if len(labels) == 1 else "CleanRL"
     for env_id, found in by_env.items():
-        values = [float(np.mean(result.last())) for result in found]
+        values = [float(result.last().mean()) for result in found if len(result.returns)]
+        if not values:
+            lines.append(f"| {env_id} | {found[0].total:,} | - | - | - | - |")
+            continue
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
         known = published(found[0].config)

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tyro.conf import Positional
 
 from benchmarks import results
-from common import fail
+from common import fail, failing
 from common.atari import find_game
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,9 @@ PEERS = {  # module: name, package
 CLEANRL = {"ppo_continuous": "ppo_continuous_action", "sac_continuous": "sac_continuous_action"}
 CLEANRL |= {"ppo_discrete": "ppo", "ppo_discrete, Atari": "ppo_atari", "dqn_atari": "dqn_atari"}
 OFF_POLICY = {"learning_starts": 1000, "buffer_size": 10_000}
+# what --flags would give to our side alone
+OWN = ("--env-id", "--num-envs", "--num-steps", "--total-timesteps", "--num-threads")
+OWN += ("--learning-starts", "--buffer-size", "--run-dir", "--resume", "--evaluate")
 ABOUT = ("commit", "versions", "machine", "num_threads", "float32_matmul_precision")
 
 
@@ -93,7 +96,7 @@ def speed(
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
             ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl);
-            or CleanRL's own script, on v4 of MuJoCo's environments, one game in DQN.
+            or CleanRL's own script, on v4 of MuJoCo's environments, one of them in SAC and DQN.
         cleanrl: with --peer cleanrl, a checkout of it, with what it needs in its .venv.
         repeats: measurements of each, alternating.
         flags: more flags for the script alone: --flags=--bf16.
@@ -110,6 +113,10 @@ def speed(
     for name, value in counts:
         if value < 1:
             fail(f"--{name} {value}: must be at least 1")
+    with failing(f"--flags {flags}", ValueError):
+        words = [word.split("=")[0].replace("_", "-") for word in shlex.split(flags)]
+    if own := [word for word in words if word in OWN]:
+        fail(f"--flags {flags}: {own[0]} is for this command to give")
     work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
     beside = cleanrl is not None or importlib.util.find_spec(peer) is not None
@@ -132,8 +139,10 @@ def speed(
         for i in range(repeats):
             measured, config = clock_script(setting, threads, f"{work.flags} {flags}")
             ours.append(measured)
+            device = "cpu" if config["machine"]["device"] == "cpu" else "cuda"  # it has a name
+            if device == "cuda" and peer == "torchrl":
+                fail("--peer torchrl: computes on the CPU here, but the script on a GPU")
             if beside:
-                device = "cpu" if config["machine"]["device"] == "cpu" else "cuda"  # it has a name
                 where = {"threads": threads, "device": device, "atari": atari, "peer": peer}
                 args = (theirs, where, cleanrl) if cleanrl else (theirs, where)
                 peers.append((clock_cleanrl if cleanrl else clock_peer)(*args))
@@ -225,7 +234,7 @@ def clock_peer(setting: dict, where: dict) -> tuple[float, float]:
 
 
 def cleanrl_setting(setting: dict, atari: bool) -> dict:
-    """Return what CleanRL can do of a setting: v4 of MuJoCo's environments, one game in DQN."""
+    """Return what CleanRL can do of a setting: v4 of MuJoCo's environments, one in SAC and DQN."""
     script, env_id = setting["script"], setting["env_id"]
     name = CLEANRL.get(f"{script}, Atari" * atari, CLEANRL[script])
     if atari:
@@ -233,7 +242,7 @@ def cleanrl_setting(setting: dict, atari: bool) -> dict:
         env_id = f"ale_py:{game}NoFrameskip-v4"
     elif f"{env_id.removesuffix('-v5')}-v4" in gym.registry:  # its Gymnasium has no v5
         env_id = env_id.replace("-v5", "-v4")
-    one = {"num_envs": 1} if script == "dqn_atari" else {}
+    one = {} if script.startswith("ppo") else {"num_envs": 1}  # of which it counts the steps
     return setting | {"script": name, "env_id": env_id} | one
 
 
@@ -244,7 +253,7 @@ def clock_cleanrl(setting: dict, where: dict, checkout: Path) -> tuple[float, fl
     words += ["--no-cuda"] * (where["device"] == "cpu")
     for name, value in list(setting.items())[1:]:
         words += [f"--{name.replace('_', '-')}", str(value)]
-    own = {"OMP_NUM_THREADS": str(where["threads"]), "PYTHONPATH": str(checkout)}
+    own = {"OMP_NUM_THREADS": str(where["threads"]), "PYTHONPATH": f"{checkout}:{os.getcwd()}"}
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         _run(words, str(checkout / ".venv/bin/python"), cwd=folder, env=os.environ | own)

@@ -160,6 +160,19 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
     assert sorted(told) == sorted(measured)
 
 
+def test_the_readmes_start_up_is_that_of_the_committed_files():
+    paths = [*results.FOLDER.glob("speed_*.json"), *results.FOLDER.glob("growth_*.json")]
+    contents = [json.loads(path.read_text()) for path in paths]
+    startups = [
+        seconds
+        for content in contents
+        for found in content["measurements"]
+        for seconds in found[f"{content['script']}.py"]["startup_seconds"]
+    ]
+    said = re.search(r"Start-up took from (\d+) s, .* to (\d+) s", (ROOT / "README.md").read_text())
+    assert [int(x) for x in said.groups()] == [round(min(startups)), round(max(startups))]
+
+
 def test_the_readmes_growth_with_environments_is_that_of_the_committed_file():
     content = json.loads((results.FOLDER / "growth_ppo_continuous_slower_amd.json").read_text())
     readme = (ROOT / "README.md").read_text()
@@ -245,7 +258,7 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     ]
     written = path.read_bytes()
     with monkeypatch.context() as patch:  # killed while it writes
-        patch.setattr(results.csv, "writer", lambda *_, **__: 1 / 0)
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             results.export([Path("r")])
     assert path.read_bytes() == written
@@ -771,6 +784,8 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("speed --repeats 0", "--repeats 0"),
         ("speed --num-envs 0", "--num-envs 0"),
         ("speed --threads 0", "--threads 0"),
+        ("speed --flags=--num_envs=8", "--flags --num_envs=8: --num-envs is for this command"),
+        ("speed --flags='", "--flags ': No closing quotation"),
         ("random --episodes 0", "--episodes 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
         ("speed --peer cleanrl", "a checkout of it, go together"),
@@ -789,6 +804,54 @@ def test_bad_input_is_one_line_and_exit_code_2(words, why, monkeypatch, capsys):
         runpy.run_module("benchmarks", run_name="__main__")
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and line.startswith("error: ") and why in line
+
+
+def test_what_cannot_be_written_leaves_what_was_there(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    results.write(make_result(), Path("a/1.csv"))
+    before = [Path(name).read_text() for name in ("a/1.csv", "a/1.json")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        for act in (
+            lambda: results.write(make_result(level=1.0), Path("a/1.csv")),
+            lambda: results.write_json({}, Path("a/1.json")),
+        ):
+            with pytest.raises(SystemExit, match="1"):
+                act()
+            assert "a/1.json could not be written: [Errno 28]" in capsys.readouterr().err
+    assert [Path(name).read_text() for name in ("a/1.csv", "a/1.json")] == before
+
+
+def test_results_without_a_finished_episode_have_no_figures(monkeypatch, recwarn):
+    monkeypatch.setattr(results, "FOLDER", Path("results"))
+    for seed in (1, 2):
+        result = make_result(env_id="Hopper-v5", seed=seed, episodes=0)
+        results.write(result, Path(f"results/a/Hopper-v5/{seed}.csv"))
+    assert results.rows("a")[-1] == "| Hopper-v5 | 1,000,000 | - | - | - | - |"
+    scores, missing = plots.normalised(results.read_folder(Path("results/a")))
+    assert not scores and missing == ["Hopper-v5: a run has no finished episode"]
+    assert not recwarn.list
+
+
+def test_the_folder_where_one_is_may_be_drawn(monkeypatch, tmp_path):
+    results.write(make_result(), Path("a/Hopper-v5/1.csv"))
+    monkeypatch.chdir("a")
+    plots.plot((".",))
+    assert {path.name for path in tmp_path.glob("**/*.png")} == {"a.png", "a_time.png"}
+
+
+def test_ctrl_c_ends_a_measurement_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "clock_script", interrupted)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("benchmarks", run_name="__main__")
+    assert stopped.value.code == 130 and not capsys.readouterr().err
 
 
 def test_speed_is_measured_in_the_steady_state():
@@ -884,10 +947,14 @@ def test_the_peer_has_a_scripts_settings(script, num_envs, monkeypatch):
     env_id = "ALE/Pong-v5" if atari else "CartPole-v1" if script is ppo_discrete else "Pendulum-v1"
     setting = {"script": script.SCRIPT, "env_id": env_id, "num_envs": num_envs, "peer": "fake"}
     setting |= {"threads": torch.get_num_threads(), "num_steps": 64, "atari": atari}
+    setting |= {"device": "cpu"}
     monkeypatch.setitem(sys.modules, "fake", fake)
     monkeypatch.setattr(sys, "argv", ["peer", json.dumps(setting | speed.OFF_POLICY)])
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(sys, "path", sys.path[:])
     peer = runpy.run_module("benchmarks.peer")
+    assert os.environ["JAX_PLATFORMS"] == "cpu" and sys.path[-1] == os.getcwd()  # a user's module
     model = peer["make_model"](script.SCRIPT, env_id, num_envs, atari, "cpu")
     args, samples = script.Args(), 64 * num_envs
     if "n_epochs" in model:
@@ -899,6 +966,7 @@ def test_the_peer_has_a_scripts_settings(script, num_envs, monkeypatch):
         assert hasattr(model["env"], "norm_reward") == (script is ppo)
     else:
         expected = dict(speed.OFF_POLICY)
+        expected |= {"exploration_final_eps": args.end_e} if atari else {}
         frequency = getattr(args, "train_frequency", 1)
         assert model["gradient_steps"] * frequency == model["train_freq"] * num_envs
     assert {name: model[name] for name in expected} == expected
@@ -923,8 +991,8 @@ def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutor
         ("ppo_discrete", "CartPole-v1", "ppo", "CartPole-v1", 3),
         ("ppo_discrete", "ALE/Pong-v5", "ppo_atari", "ale_py:PongNoFrameskip-v4", 3),
         ("dqn_atari", "PongDeterministic-v4", "dqn_atari", "ale_py:PongNoFrameskip-v4", 1),
-        ("sac_continuous", "my:Env-v5", "sac_continuous_action", "my:Env-v5", 3),
-        ("sac_continuous", "Hopper-v5", "sac_continuous_action", "Hopper-v4", 3),
+        ("sac_continuous", "my:Env-v5", "sac_continuous_action", "my:Env-v5", 1),
+        ("sac_continuous", "Hopper-v5", "sac_continuous_action", "Hopper-v4", 1),
     ],
 )
 def test_cleanrl_does_the_same_work_with_its_own_python(
@@ -958,7 +1026,7 @@ def test_cleanrl_does_the_same_work_with_its_own_python(
     ((words, used, env),) = ran
     assert words[0] == str(Path("c/cleanrl").absolute() / f"{name}.py")
     assert used == str(python.absolute()) and env["OMP_NUM_THREADS"] == "2"
-    assert env["PYTHONPATH"] == str(Path("c").absolute())
+    assert env["PYTHONPATH"].split(":") == [str(Path("c").absolute()), os.getcwd()]
     line = " ".join(words)
     assert f"--no-cuda --env-id {theirs} --num-envs {num_envs} " in line
     assert f"{arguments.flag(extra)} " in line
