@@ -230,6 +230,7 @@ def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
 
 
 def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py"])
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     args = ppo.Args(
         env_id="InvertedPendulum-v5",
