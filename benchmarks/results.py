@@ -336,10 +336,10 @@ def rows(suite: str) -> list[str]:
     labels = {known.label for known in knowns}
     label = labels.pop() if len(labels) == 1 else "CleanRL"
     for env_id, found in by_env.items():
-        values = [float(result.last().mean()) for result in found if len(result.returns)]
-        if not values:
+        if not all(len(result.returns) for result in found):
             lines.append(f"| {env_id} | {found[0].total:,} | - | - | - | - |")
             continue
+        values = [float(result.last().mean()) for result in found]
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
         known = published(found[0].config)

@@ -86,9 +86,9 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     """Return the arguments, and with --resume or --evaluate the checkpoint they are taken from."""
     for number in ASKED:  # until there is a run
         signal.signal(number, leave)
-    closed = [x for x in ("stdout", "stderr") if getattr(sys, x) is None]  # as a daemon's are
-    for name in closed:
-        setattr(sys, name, open(os.devnull, "w"))
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors
+        if getattr(sys, name) is None:  # closed, as a daemon's are
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if hasattr(sys.stdout, "reconfigure"):  # in a notebook it is no file
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -42,6 +43,10 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
     return env
 
 
+def _number(reward) -> float:
+    return float(reward.item() if hasattr(reward, "item") else reward)  # some are arrays [1]
+
+
 class Replayable(gym.Wrapper):
     """Seeds every episode from (seed, index, episode), and remembers the actions of the last one.
 
@@ -67,7 +72,7 @@ class Replayable(gym.Wrapper):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         if terminated or truncated:  # the reset may use the same buffer
             obs = np.copy(obs)
-        return obs, np.asarray(reward).item(), terminated, truncated, {}  # it may be [1]
+        return obs, _number(reward), terminated, truncated, {}
 
     @property
     def history(self) -> tuple[int, np.ndarray]:
@@ -91,11 +96,19 @@ class Replayable(gym.Wrapper):
 
 def _training_env(args, index: int, trainer: int) -> gym.Env:
     if os.getpid() != trainer:  # a worker: that process saves, and then ends it
+        os.setpgid(0, 0)  # so that a terminal's Ctrl-C does not reach programs that it starts
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)  # an environment's own processes heed them
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, for those too
+                signal.signal(number, lambda *_: None)
         seed_process(args.seed, index)  # not the trainer's streams
         torch.set_num_threads(1)  # the trainer's are not in a forked process, which would wait
     return Replayable(args, index)
+
+
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 class Environments:
@@ -111,11 +124,11 @@ class Environments:
             self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
         else:
             makers = [partial(_training_env, args, i, os.getpid()) for i in range(args.num_envs)]
+            atexit.register(_end_workers)  # before multiprocessing's own end, which would wait
             mode = AutoresetMode.SAME_STEP
             self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
             for worker in getattr(self.vector_env, "processes", []):
                 worker.terminate = worker.kill
-                atexit.register(worker.kill)  # before multiprocessing's own end, which would wait
         self.background = hasattr(self.vector_env, "step_async")
         self.obs, _ = self.vector_env.reset()
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
@@ -270,6 +283,7 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
 
     An episode that neither terminates nor is truncated is left after 108,000 steps.
     """
+    seed_process(stream_seed(args.seed, "eval", first))  # what is made may draw as well
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
     filming = args.capture_video and not args.render
     if filming:
@@ -291,7 +305,7 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
         while not (terminated or truncated or lengths[i] == 108_000):
             action = env.action_space.sample() if rng.random() < epsilon else act(obs)
             obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += np.asarray(reward).item()
+            returns[i] += _number(reward)
             lengths[i] += 1
             if filming and lengths[i] == 3000 and env.recording:  # into memory
                 env.stop_recording()

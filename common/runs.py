@@ -73,20 +73,32 @@ def leave(number: int, _frame=None) -> NoReturn:
     os._exit(128 + number)
 
 
+def _ours() -> list[int]:
+    """Return the signals that have handlers of this package's."""
+    handlers = ((number, signal.getsignal(number)) for number in ASKED)
+    return [x for x, f in handlers if str(getattr(f, "__module__", "")).startswith("common.")]
+
+
+def _hold() -> None:  # else Python would forget a signal that comes between fork and _begin_forked
+    ours = _ours()
+    held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None)
+
+
+def _release() -> None:
+    if (mask := held.pop()) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _begin_forked() -> None:
     """In a process that an environment forks: Ctrl-C is the trainer's, SIGTERM ends it as ever."""
-    for number in ASKED:
-        if getattr(signal.getsignal(number), "__module__", None) == __name__:
-            ignored = number == signal.SIGINT  # but not by programs that it starts
-            signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+    for number in _ours():
+        ignored = number == signal.SIGINT  # but not by programs that it starts
+        signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
+    _release()
 
 
-os.register_at_fork(  # meanwhile they wait, as Python would forget one
-    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ASKED),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED),
-    after_in_child=_begin_forked,
-)
+held = []  # the signals that were blocked before
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_begin_forked)
 
 
 class Run:
@@ -149,7 +161,7 @@ class Run:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
                 self.writer.close()
             if checkpoint is None:
-                shutil.rmtree(self.dir)
+                shutil.rmtree(self.dir, ignore_errors=True)  # NFS keeps open files
             raise
 
     def _lock(self) -> None:  # until the run ends, or its process

@@ -7,6 +7,7 @@ import operator
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -963,6 +964,37 @@ def test_workers_do_not_wait_for_threads_of_the_trainer():
         environments.close()
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("nohup", [True, False])
+def test_what_workers_start_ends_as_ever_and_outlives_a_terminal_as_the_trainer_does(nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        environments = make("toy_envs:Threads-v0", vectorization="async")
+        workers, vector_env = environments.vector_env.processes, environments.vector_env
+        assert all(os.getpgid(x.pid) == x.pid for x in workers)  # a terminal's Ctrl-C stays away
+        assert vector_env.call("ignores", signal.SIGHUP) == (nohup, nohup)
+        assert vector_env.call("ignores", signal.SIGTERM) == (False, False)
+        assert vector_env.call("end_a_fork") == (-signal.SIGTERM, -signal.SIGTERM)
+        environments.close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_forks_of_others_find_signals_as_they_were(monkeypatch):
+    """Python runs handlers where it masks signals, and forgets what they raise in a fork."""
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pthread_sigmask", None)
+        runs._hold(), runs._release()
+    before = signal.signal(signal.SIGTERM, runs.leave)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        runs._hold(), runs._release()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGTERM, before)
+    assert signal.SIGTERM in blocked and signal.SIGINT not in blocked
 
 
 def test_a_film_is_no_longer_than_memory_affords(monkeypatch):

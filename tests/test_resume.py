@@ -110,6 +110,16 @@ def test_saving_and_evaluating_do_not_change_training(ppo):
     assert_same(*agents)
 
 
+def members(session: int) -> list[int]:
+    """Return the processes of a session, as Linux knows them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(") ")[2].split()[3]) == session:
+                found.append(int(stat.parent.name))
+    return found or [session]  # elsewhere
+
+
 PROCESSES = {"num_envs": 2, "vectorization": "async"}
 
 
@@ -140,7 +150,8 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
         for line in process.stdout:
             if "steps/s" in line:
                 break
-        os.killpg(process.pid, number)
+        for pid in members(process.pid):
+            os.kill(pid, number)
         out, err = process.communicate(timeout=30)  # until every process that writes has ended
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -363,6 +374,15 @@ ppo.train(ppo.Args(env_id="Pendulum-v1", compile=False, run_dir="r"))
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 130 and "once more to leave at once" in done.stderr
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 0
+
+
+def test_a_worker_that_cannot_begin_ends_a_run_at_once(tmp_path):
+    """While the others, which heed no signal, have begun."""
+    words = flags(env_id="toy_envs:Unlucky-v0", compile=False, num_envs=3, vectorization="async")
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    options |= {"env": os.environ | {"PYTHONPATH": str(ROOT / "tests")}}
+    done = subprocess.run(command(ROOT / "ppo_continuous.py", *words), **options, timeout=60)
+    assert done.returncode == 1 and "port in use" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])

@@ -1,7 +1,9 @@
 """Small environments with known answers, registered the way a user's own module would."""
 
 import multiprocessing
+import os
 import random
+import signal
 import time
 
 import gymnasium as gym
@@ -174,6 +176,10 @@ class Dice(Counter):
 
     observation_space = Box(0.0, 1.0, (3,), np.float64)
 
+    def __init__(self):
+        super().__init__()
+        self.made = np.random.random()
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return self.drawn(), {}
@@ -182,7 +188,8 @@ class Dice(Counter):
         return self.drawn(), *super().step(action)[1:]
 
     def drawn(self):
-        return np.array([np.random.random(), random.random(), torch.rand(()).item()])
+        first = (np.random.random() + self.made) / 2
+        return np.array([first, random.random(), torch.rand(()).item()])
 
 
 class Listed(Counter):
@@ -220,6 +227,18 @@ class Threads(Counter):
     def reset(self, *, seed=None, options=None):
         return np.full(1, torch.get_num_threads(), np.float32), {}
 
+    def ignores(self, number):
+        """Tell if programs that it starts would ignore a signal."""
+        return signal.getsignal(number) == signal.SIG_IGN
+
+    def end_a_fork(self):
+        """Return how a process that it forks ends when it is told to."""
+        if not (child := os.fork()):
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
 
 class Arrays(Counter):
     """Rewards are arrays of one number, as of a formula of the action."""
@@ -246,6 +265,15 @@ class Helped(Counter):
         self.helper.terminate()
         self.helper.join(20)
         assert self.helper.exitcode is not None
+
+
+class Unlucky(Counter):
+    """Cannot be made in the second of the processes."""
+
+    def __init__(self):
+        super().__init__()
+        if multiprocessing.current_process().name.endswith("-1"):
+            raise OSError("port in use")
 
 
 class Mistaken(Counter):
@@ -280,6 +308,7 @@ for cls in (
     Threads,
     Arrays,
     Helped,
+    Unlucky,
     Mistaken,
 ):
     gym.register(f"{cls.__name__}-v0", cls)
