@@ -81,11 +81,11 @@ def _ours() -> list[int]:
 
 def _hold() -> None:  # else Python would forget a signal that comes between fork and _begin_forked
     ours = _ours()
-    held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None)
+    _held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None)
 
 
 def _release() -> None:
-    if (mask := held.pop()) is not None:
+    if (mask := _held.pop()) is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -97,7 +97,7 @@ def _begin_forked() -> None:
     _release()
 
 
-held = []  # the signals that were blocked before
+_held = []  # the signals that were blocked before
 os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_begin_forked)
 
 
