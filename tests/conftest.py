@@ -221,3 +221,12 @@ def in_tmp_path(request, tmp_path, monkeypatch):
     for name, value in hidden_gpu(request).items():
         monkeypatch.setenv(name, value)  # for the processes that they start
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script's own, which `parse_args` sets, stay in the test that runs one in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
