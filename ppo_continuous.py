@@ -154,7 +154,7 @@ class Agent(nn.Module):
             self.register_buffer(name, bound)
 
     def encode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of raw ones [B, *obs_shape]; norm_obs clips at 10 standard deviations."""
+        """Features [B, F] of raw obs [B, *obs_shape]; norm_obs clips at 10 standard deviations."""
         if self.args.norm_obs:
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)

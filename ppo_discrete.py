@@ -163,7 +163,7 @@ class Agent(nn.Module):
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def encode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of raw ones [B, *obs_shape]; norm_obs clips at 10 standard deviations."""
+        """Features [B, F] of raw obs [B, *obs_shape]; norm_obs clips at 10 standard deviations."""
         if self.cnn:  # in pieces that fit into the cache
             return torch.cat([self.cnn(x / 255) for x in obs.split(256)])
         if self.args.norm_obs:

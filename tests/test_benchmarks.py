@@ -985,6 +985,14 @@ def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutor
     assert "--peer torchrl" in capsys.readouterr().err
 
 
+def test_torchrl_on_the_cpu_is_not_compared_with_a_gpu(monkeypatch, capsys):
+    config = {"machine": {"device": "NVIDIA H100"}}
+    monkeypatch.setattr(speed, "clock_script", lambda *_: ((200.0, 1.0), config))
+    with pytest.raises(SystemExit, match="2"):
+        speed.speed(peer="torchrl", repeats=1)
+    assert "--peer torchrl: computes on the CPU here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "script, env_id, name, theirs, num_envs",
     [
