@@ -160,6 +160,27 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
     assert sorted(told) == sorted(measured)
 
 
+def test_the_readmes_summary_of_speeds_is_that_of_its_table():
+    summary, table = (ROOT / "README.md").read_text().split("## Speed\n")[1].split("| script |")[1:]
+    ratios, script, work = {}, "", ""
+    for line in table.split("\n\n")[0].splitlines()[2:]:
+        new_script, new_work, *_, ratio = (x.strip(" `") for x in line.strip("|").split("|"))
+        script, work = new_script or script, new_work or work
+        peer = next((x for x in ("TorchRL", "SBX", "CleanRL") if x in work), "Stable-Baselines3")
+        game = next((f", {x}" for x in ("CartPole-v1", "ALE/Breakout-v5") if x in work), "")
+        name = f"`{script}`{game}" if script == "ppo_discrete.py" else f"`{script}`"
+        ratios.setdefault((name, peer), []).append(float(ratio.split()[0]))
+    told = {}
+    for line in summary.split("\n\n")[0].splitlines()[2:]:
+        name, *cells = (x.strip() for x in line.strip("|").split("|"))
+        for peer, cell in zip(("Stable-Baselines3", "CleanRL", "others"), cells, strict=True):
+            said, _, ends = cell.rpartition(": ")
+            peer = re.match(r"\w+", said)[0] if said else peer
+            if cell != "-":
+                told[name, peer] = [float(x) for x in ends.split(" to ")]
+    assert told == {key: sorted({min(x), max(x)}) for key, x in ratios.items()}
+
+
 def test_the_readmes_start_up_is_that_of_the_committed_files():
     paths = [*results.FOLDER.glob("speed_*.json"), *results.FOLDER.glob("growth_*.json")]
     contents = [json.loads(path.read_text()) for path in paths]

@@ -825,7 +825,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
     options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1600, "seed": 3}
-    assert_killed_ends_as_whole("dqn_atari.py", options, 2, tmp_path, run)
+    assert_killed_ends_as_whole("dqn_atari.py", options, tmp_path, run)
 
 
 def test_saving_and_evaluating_do_not_change_training():

@@ -56,14 +56,14 @@ def test_killed_and_resumed_ends_as_if_never_stopped(
     arguments = SHORT | {
         "env_id": env_id,
         "num_envs": num_envs,
-        "total_timesteps": 64 * num_envs * 60,
+        "total_timesteps": 64 * num_envs * 40,
         "checkpoint_every": 64 * num_envs * 3,
-        "eval_every": 64 * num_envs * 20,
+        "eval_every": 64 * num_envs * 15,
         "seed": 3,
         "norm_obs": True,
         "norm_reward": True,
     }
-    assert_killed_ends_as_whole(script, arguments | options, 2, tmp_path, run)
+    assert_killed_ends_as_whole(script, arguments | options, tmp_path, run)
 
 
 @pytest.mark.parametrize("name", ["ppo", "sac", "dqn-all"])
@@ -71,7 +71,7 @@ def test_killed_while_writing_a_checkpoint(run, tmp_path, name):
     """The process dies with half a checkpoint written; the one before it is whole."""
     module, options = CASES[name]
     script = f"{module.SCRIPT}.py"
-    options = options | {"total_timesteps": 64 * 12, "checkpoint_every": 64, "compile": False}
+    options = options | {"total_timesteps": 64 * 8, "checkpoint_every": 64, "compile": False}
     arguments = flags(**options)
     run(script, *arguments, "--run-dir", "whole", cwd=tmp_path)
     saboteur = tmp_path / "saboteur.py"
