@@ -1,13 +1,13 @@
-"""Deep Q-Network (DQN) for Atari, in one file, with the improvements that are best known.
+"""Deep Q-Network (DQN) for Atari, in one file, with its best-known extensions.
 
-Learn from random batches of a replay what each action is worth, with targets from a copy updated
-now and then; act greedily, but at random with probability epsilon. Mnih et al. 2015, Nature 518.
+Learn from random batches of a replay buffer what each action is worth, with targets from a copy
+updated now and then; act greedily, or at random with probability epsilon. Mnih et al., Nature 2015.
 On arXiv: --double 1509.06461, --dueling (Wang) 1511.06581, --prioritized (Schaul) 1511.05952.
 
     python dqn_atari.py
     python dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --double --dueling
 
-What to look at: charts/episodic_return rises as charts/epsilon falls, losses/q_values settle.
+What to look at: charts/episodic_return rises as charts/epsilon falls; losses/q_values settles.
 """
 
 import copy
@@ -38,13 +38,13 @@ class Args:
     seed: int = 1
     """seed from which every random stream of the run is spawned"""
     torch_deterministic: bool = True
-    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
+    """on CUDA use deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    """compile the update; on the CPU act in NumPy, but for images; --no-compile: eager, to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -60,7 +60,7 @@ class Args:
     resume: str | None = None
     """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
-    """evaluate the run in this folder as it is now, or FOLDER/best.pt, and train nothing"""
+    """evaluate the last checkpoint of the run in this folder, or FOLDER/best.pt; do not train"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
     checkpoint_every: int = 50_000
@@ -75,11 +75,11 @@ class Args:
     sticky_actions: float = 0.0
     """Atari: probability that a game repeats the previous action instead"""
     total_timesteps: int = 10_000_000
-    """environment steps of the run, rounded down to whole steps of all environments"""
+    """environment steps of the run, rounded down to a multiple of --num-envs"""
     num_envs: int = 8
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
+    """step the environments in this process, or each in its own (Atari: always in threads)"""
     learning_rate: float = 1e-4
     """Adam's learning rate"""
     buffer_size: int = 1_000_000
@@ -97,13 +97,13 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """keep the replay, as large as in memory, in checkpoints; else a resumed run is not exact"""
+    """save the replay buffer, as large as in memory, in checkpoints; else resuming is not exact"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
     """epsilon at the start: the probability of a random action"""
     end_e: float = 0.01
-    """epsilon in the end"""
+    """epsilon once it has fallen"""
     exploration_fraction: float = 0.1
     """fraction of the run in which epsilon falls, linearly"""
     eval_e: float = 0.01
@@ -119,11 +119,11 @@ class Args:
     n_step: int = 1
     """rewards summed in a target before it bootstraps"""
     prioritized: bool = False
-    """draw transitions in proportion to a power of their last error"""
+    """draw transitions in proportion to a power of their last TD error"""
     priority_alpha: float = 0.6
     """that power of the error in --prioritized; with 0 all are drawn alike"""
     priority_beta: float = 0.4
-    """exponent of the importance weights at the start; it grows to 1 in the end"""
+    """exponent of the importance weights at the start; it grows to 1 over the run"""
     log_every: int = 1000
     """environment steps between logs; checkpoints and evaluations fall on these steps"""
 
@@ -137,7 +137,7 @@ def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
 
 
 class QNetwork(nn.Module):
-    """Values [B, A] of all actions for stacks of frames [B, 4, H, W] of bytes."""
+    """Q-values [B, A] of all actions for stacks of frames [B, 4, H, W] of bytes."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
         super().__init__()
@@ -150,17 +150,17 @@ class QNetwork(nn.Module):
             self.state_value = tensors.Network(linear, nn.ReLU(), nn.Linear(512, 1))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Values of all actions; with --dueling by Wang's equation 9: advantages of mean 0."""
+        """Q-values of all actions; with --dueling by Wang's equation 9: advantages of mean 0."""
         x = self.cnn(obs / 255)
         if self.state_value is None:
-            return self.advantage(x)  # these are then the values themselves
+            return self.advantage(x)  # without --dueling, these are the Q-values
         x = x.detach().lerp(x, math.sqrt(0.5))  # same values, gradient / sqrt(2) (Wang, 4.2)
         advantage = self.advantage(x)
         return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
 
 
 class Agent(nn.Module):
-    """Q-network and target network; huge noise on the values makes an action random."""
+    """Q-network and target network; huge noise on the Q-values makes an action random."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
@@ -178,13 +178,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
-        weight = next(self.parameters())
-        obs = torch.as_tensor(np.array(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
+        obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
+        _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
+        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
 
 
 class SumTree:
-    """A tree of two levels, sqrt(size) wide: few vector operations, where a binary one takes 20.
+    """A sum tree of two levels, sqrt(size) wide: few vector operations; a binary one has 20 levels.
 
     Priorities are integers in units of 2**-30, so that sums are exact on every device, and capped
     (at 4,096 with a million leaves) so that no sum overflows.
@@ -216,12 +216,12 @@ class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
     Numbers count all frames ever kept, slots are their places in `frames`. A transition has five:
-    its observation is the first four, the next one the last four. Frame 0 is black: no past.
+    the first four are its observation, the last four the next. Frame 0 is black: before an episode.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # a truncated episode has a frame more than steps: beyond 2%, they push out transitions
+        # a truncation keeps an extra frame: if over 2% of steps are such, old transitions go early
         self.capacity = math.ceil(1.02 * args.buffer_size) + 8 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -231,7 +231,7 @@ class Replay:
         self.ends = torch.zeros(*shape, 2, dtype=torch.bool, device=device)  # terminated, truncated
         self.tree = SumTree(math.prod(shape), device)
         self.max_priority = torch.ones((), dtype=torch.float64, device=device)
-        self.needs = np.zeros(shape[0], np.int64)  # a row's oldest frame
+        self.needs = np.zeros(shape[0], np.int64)  # number of a row's oldest frame
         self.shown = None  # numbers [N, 4] of the frames that the environments show now
         self.num_frames = self.num_rows = self.oldest = 0  # ever kept, ever added, first row left
 
@@ -257,25 +257,25 @@ class Replay:
         reward = np.where(clip, np.sign(reward), reward)
         shown = self._keep(obs[:, -1])
         next_frames = shown.copy()
-        if truncated.any():  # to a last frame that `obs` does not show anymore
+        if truncated.any():  # their last frames `obs` no longer shows
             last_frames = np.stack([x[-1] for x in infos["final_obs"][truncated]])
             next_frames[truncated] = self._keep(last_frames)
         numbers = np.column_stack((self.shown, next_frames))
         self.shown = np.column_stack((self.shown[:, 1:], shown))
-        self.shown[infos["over"], :-1] = 0
+        self.shown[infos["over"], :-1] = 0  # a new episode: black before it
 
         row = self.num_rows % len(self.rewards)
         self.stacks[row] = self._slots(numbers)
         self.actions[row], self.rewards[row] = torch.as_tensor(action), torch.as_tensor(reward)
         self.ends[row] = torch.from_numpy(np.column_stack((terminated, truncated)))
-        self.needs[row] = np.where(numbers > 0, numbers, self.num_frames).min()
+        self.needs[row] = np.where(numbers > 0, numbers, self.num_frames).min()  # black stays
         self.num_rows += 1
         self._drop()
         complete = self.num_rows - self.args.n_step
         if self.args.prioritized and complete >= self.oldest:  # it has all n steps
             self._prioritize(complete, complete + 1, self.max_priority)
 
-    def _drop(self) -> None:  # rows that are overwritten, or whose frames are
+    def _drop(self) -> None:  # forgets rows that are overwritten, or whose frames are
         before, self.oldest = self.oldest, max(self.oldest, self.num_rows - len(self.rewards))
         gone = self.num_frames - self.capacity
         while self.oldest < self.num_rows and self.needs[self.oldest % len(self.needs)] <= gone:
@@ -296,7 +296,7 @@ class Replay:
             indices = torch.randint(count, size, generator=rng, device=device)
             indices = (self.oldest * self.args.num_envs + indices) % self.rewards.numel()
             return indices, torch.ones(size, device=device)
-        strata = torch.arange(*size, device=device)
+        strata = torch.arange(*size, device=device)  # of equal probability, one draw from each
         uniform = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
         indices, probabilities = self.tree.sample((strata + uniform) / len(strata))
         weights = (count * probabilities) ** -beta  # Schaul, 3.4
@@ -311,14 +311,14 @@ class Replay:
         steps = torch.arange(self.args.n_step, device=row.device)
         rows, columns = (row[:, None] + steps) % len(self.rewards), env[:, None]
         ended = self.ends[rows, columns].any(2).int()
-        running = ended.cumsum(1) - ended == 0  # no end before this step
+        running = (ended.cumsum(1) - ended) == 0  # no end before this step
         reward = (self.rewards[rows, columns] * self.args.gamma**steps * running).sum(1)
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
         slots = torch.cat((self.stacks[row, env, :4], self.stacks[last, env, 1:]), 1)
         frames = self.frames.index_select(0, slots.flatten()).unflatten(0, slots.shape)
-        layout = {"memory_format": torch.channels_last}  # convolutions are faster so
-        obs, next_obs = (x.contiguous(**layout) for x in frames.split(4, 1))
+        layout = torch.channels_last  # makes convolutions faster
+        obs, next_obs = (x.contiguous(memory_format=layout) for x in frames.split(4, 1))
         return obs, self.actions[row, env], reward, discount, next_obs
 
     def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
@@ -330,11 +330,11 @@ class Replay:
 
     def latest(self, count: int) -> torch.Tensor:
         """Return the rewards of the last rows, with at least `count` transitions."""
-        rows = torch.arange(self.num_rows - -(-count // self.args.num_envs), self.num_rows)
+        rows = torch.arange(self.num_rows - math.ceil(count / self.args.num_envs), self.num_rows)
         return self.rewards[rows % len(self.rewards)]
 
     def state_dict(self) -> dict:
-        """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
+        """Return the filled part through NumPy, so that torch.save does not write whole buffers."""
         rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
         filled = dict.fromkeys(("stacks", "actions", "rewards", "ends"), rows)
         filled["frames"] = frames + 1
@@ -363,24 +363,24 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
 
 
 def td_target(reward, discount, next_q, choosing_q) -> torch.Tensor:
-    """Target [B]: the n-step reward, and the discounted value of the best action then [B, A].
+    """Target [B]: the n-step reward plus the discounted Q-value [B, A] of the best next action.
 
-    The target network both values and chooses that action (Mnih et al. 2015), or the Q-network
-    chooses (van Hasselt et al. 2016). `discount` is 0 after a termination, not at a time limit.
+    The target network both chooses and values that action (Mnih et al. 2015), or the Q-network
+    chooses it (van Hasselt et al. 2016). `discount` is 0 after a termination, not at a time limit.
     """
     return reward + discount * next_q.gather(1, choosing_q.argmax(1, keepdim=True)).squeeze(1)
 
 
 def td_loss(q, target, weight, loss: str) -> torch.Tensor:
-    """Mean over a batch [B] of squared errors, or of Huber's, weighted for importance."""
+    """Mean over a batch [B] of squared or Huber errors, times importance-sampling weights."""
     error = F.huber_loss if loss == "huber" else F.mse_loss
     return (weight * error(q, target, reduction="none")).mean()
 
 
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
-    """Return `update`, a gradient step in place that returns METRICS and the errors [B].
+    """Return `update`, a gradient step in place that returns METRICS and the TD errors [B].
 
-    It is one graph, once compiled. Weights learn only where `functional` calls them.
+    Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
     critic_net = tensors.functional(agent.critic, args.bf16)
 
@@ -404,7 +404,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
-    """Return the environment's spaces; end with one line if an argument cannot work."""
+    """Return the environment's spaces; exit with a one-line error if an argument cannot work."""
     arguments.check_ranges(args)
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
@@ -431,7 +431,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
@@ -441,19 +441,19 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         noise = torch.ones(args.num_envs, action_size, device=device)
         act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
-            # a stretch of steps, at whose end there are logs, evaluations and checkpoints
+            # --log-every steps; at their end logs, and evaluations and checkpoints if due
             start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
                 progress = global_step / (args.exploration_fraction * last_step + 1e-9)
                 epsilon = linear_schedule(args.start_e, args.end_e, progress)
                 explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
-                # where it explores, this drowns the values: the best action is then a uniform one
+                # where it explores, this drowns the Q-values, and the argmax is a uniform action
                 noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
                 action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
                 environments.send(env_action)  # where they can, they step while the network learns
 
-                before = max(global_step - args.num_envs, learning_starts)
+                before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(before // args.train_frequency, global_step // args.train_frequency):
                     step = i * args.train_frequency
                     beta = linear_schedule(args.priority_beta, 1.0, step / last_step)
@@ -462,13 +462,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.append(losses)
                     if args.prioritized:
                         replay.reprioritize(indices, error)
-                    if step % args.target_network_frequency < args.train_frequency:  # once in each
+                    if step % args.target_network_frequency < args.train_frequency:  # once a period
                         target.lerp_(critic, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
-            run.require_finite("the loss", critic)
+            run.require_finite("a weight", critic)
             run.episodes(environments.finished_episodes())
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
             run.scalars(means | {"charts/epsilon": epsilon}, global_step)
@@ -486,7 +486,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
-    tensors.flatten_parameters(agent.critic)  # laid out in memory as in training: rounds alike
+    tensors.flatten_parameters(agent.critic)  # same memory layout as in training, so same rounding
     agent.load_state_dict(weights)
     return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 

@@ -1,7 +1,7 @@
 """Proximal Policy Optimization (PPO), in one file.
 
 Collect a rollout with the current policy; estimate how much better than expected each action was
-(GAE); take many small gradient steps that make good actions likelier, and gain nothing more once
+(GAE); take many small gradient steps that make good actions likelier, with no more to gain once
 an action's probability has changed by the fraction --clip-coef. Schulman et al. 2017,
 arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
 
@@ -29,7 +29,7 @@ from common import arguments, compute, envs, failing, runs, seeding, tensors
 SCRIPT = Path(__file__).stem
 METRICS = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
 ATARI = {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1}  # as Huang et al.
-ATARI |= {"clip_reward": True, "hidden_sizes": ()}
+ATARI |= {"clip_reward": True, "hidden_sizes": ()}  # heads directly on the CNN's 512 features
 
 
 @dataclass
@@ -41,13 +41,13 @@ class Args:
     seed: int = 1
     """seed from which every random stream of the run is spawned"""
     torch_deterministic: bool = True
-    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
+    """on CUDA use deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    """compile the update; on the CPU act in NumPy, but for images; --no-compile: eager, to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -63,7 +63,7 @@ class Args:
     resume: str | None = None
     """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
-    """evaluate the run in this folder as it is now, or FOLDER/best.pt, and train nothing"""
+    """evaluate the last checkpoint of the run in this folder, or FOLDER/best.pt; do not train"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
     checkpoint_every: int = 50_000
@@ -84,13 +84,13 @@ class Args:
     num_envs: int = 4
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
+    """step the environments in this process, or each in its own (Atari: always in threads)"""
     num_steps: int = 128
     """steps of each environment in a rollout"""
     anneal_lr: bool = True
     """let the learning rate fall over the run, as --lr-schedule says"""
     lr_schedule: Literal["linear", "cosine"] = "linear"
-    """how it falls, to zero"""
+    """how the learning rate falls to zero"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -98,13 +98,13 @@ class Args:
     num_minibatches: int = 4
     """minibatches that the rollout is split into in every epoch"""
     minibatch_size: int | None = None
-    """in place of --num-minibatches: samples in each; an epoch drops the remainder"""
+    """samples in a minibatch, in place of --num-minibatches; an epoch drops the remainder"""
     update_epochs: int = 4
     """passes over the rollout in an update"""
     norm_obs: bool = False
-    """normalise observations with running statistics"""
+    """normalise observations with running statistics, and clip at 10 standard deviations"""
     norm_reward: bool = False
-    """divide rewards by the standard deviation of their running discounted sum"""
+    """divide rewards by the standard deviation of their running discounted sum; clip at 10"""
     clip_reward: bool = False
     """learn from the signs of rewards; what is logged is unclipped"""
     norm_adv: bool = True
@@ -112,9 +112,9 @@ class Args:
     recompute_advantages: bool = False
     """recompute values and advantages before every epoch instead of once per rollout"""
     clip_coef: float = 0.2
-    """how far the probability ratio may move before the objective stops rewarding it"""
+    """how far the probability ratio may move from 1 before the objective stops rewarding it"""
     clip_vloss: bool = True
-    """in the value loss, clip how far the value moves, too"""
+    """in the value loss, clip the change of the value too, by the same --clip-coef"""
     vf_loss: Literal["mse", "huber"] = "mse"
     """error that the value loss measures"""
     ent_coef: float = 0.01
@@ -124,9 +124,9 @@ class Args:
     max_grad_norm: float = 0.5
     """gradients of a larger global norm are scaled down to it"""
     target_kl: float | None = None
-    """end an update after an epoch that ends with a larger approximate KL (auxiliary detail 3)"""
+    """stop after an epoch whose last minibatch has a larger approximate KL (auxiliary detail 3)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """widths of the hidden layers of the policy's and the value's network"""
+    """widths of the hidden layers of the policy and the value network"""
 
 
 def mlp(*sizes: int) -> tensors.Network:
@@ -187,9 +187,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
-        weight = next(self.parameters())
-        obs = torch.as_tensor(np.array(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
+        obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
+        _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
+        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
 
 
 class Rollout:
@@ -217,7 +217,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     """Generalised advantage estimates (detail 5; Schulman et al. 2016, equation 16); all [T, N].
 
     next_values[t] is the value of the observation that step t really led to, also at a truncation;
-    at a termination it does not count. Both cut the sum over lambda.
+    at a termination it is ignored. Past either end, no later delta is added.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decays = gamma * gae_lambda * ~(terminations | truncations)
@@ -242,7 +242,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
         value_error = torch.maximum(value_error, error(clipped_value, target, reduction="none"))
     value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)  # Huber has its 1/2
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
-    kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # joschu.net/blog/kl-approx.html
+    kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # k1, k3: joschu.net/blog/kl-approx.html
     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
     metrics = loss, policy_loss, value_loss, entropy.mean(), *kl, clipfrac
     return loss, torch.stack(metrics).detach()
@@ -251,10 +251,10 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
 
-    It is one graph, once compiled. Weights learn only where `functional` calls them.
+    Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
 
-    def loss(parameters, obs, actions, *rest):  # as in `batch`
+    def loss(parameters, obs, actions, *rest):  # rest: what follows actions in `batch`
         policy, value = tensors.functional(agent, args.bf16)(parameters, obs)
         return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
@@ -278,23 +278,23 @@ def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -
     """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
     values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2])
     values, next_values = values[:-1].cpu().numpy(), values[1:].clone().cpu().numpy()
-    if rollout.final_obs:  # where an episode was cut: its real last observation
-        final_values = agent.value(torch.stack(list(rollout.final_obs.values())).to(rollout.obs))
-        next_values[tuple(zip(*rollout.final_obs))] = final_values.cpu().numpy()  # at [t, n]s
+    if rollout.final_obs:  # after a truncation: the episode's real last observation
+        final_obs, (t, n) = torch.stack(list(rollout.final_obs.values())), zip(*rollout.final_obs)
+        next_values[t, n] = agent.value(final_obs.to(rollout.obs)).cpu().numpy()
     rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
-    ends, factors = (rollout.terminations, rollout.truncations), (args.gamma, args.gae_lambda)
-    advantages = compute_gae(rewards, values, next_values, *ends, *factors)
+    ends = rollout.terminations, rollout.truncations
+    advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     arrays = np.stack((advantages, advantages + values)).astype(np.float32)
     return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
-    """Return the environment's spaces; end with one line if an argument cannot work."""
+    """Return the environment's spaces; exit with a one-line error if an argument cannot work."""
     arguments.check_ranges(args)
-    batch_size, least = args.num_envs * args.num_steps, 1 + args.norm_adv
-    if args.minibatch_size is None:  # one sample has no standard deviation
+    batch_size, least = args.num_envs * args.num_steps, 2 if args.norm_adv else 1  # 1 has no std
+    if args.minibatch_size is None:
         fits = batch_size % args.num_minibatches == 0 and args.num_minibatches * least <= batch_size
         need = f"divide a rollout's {batch_size} samples, {least} or more in each"
         arguments.require(fits, args, "num_minibatches", need)
@@ -321,12 +321,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost] = 0.0  # new episodes
         act = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
-            # collect a rollout; what does not feed the next action waits until it is complete
+            # collect a rollout; what the next action does not need is computed once it is complete
             start_step, global_step = global_step, global_step + batch_size
             rollout.noise.exponential_(generator=rng["action"]).log_().neg_()  # Gumbel(0, 1)
             rollout.obs[0], rollout.actions, rollout.final_obs = rollout.obs[-1], [], {}
@@ -344,11 +344,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
-            # update, with the very statistics that the rollout was collected with
+            # update, with the same normalisation statistics as in the rollout
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
-            policy, values = tensors.functional(agent, args.bf16)(parameters, obs)
+            policy, values = tensors.functional(agent, args.bf16)(parameters, obs)  # as in `update`
             old_log_prob, _ = log_prob_and_entropy(policy, actions)
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
@@ -361,12 +361,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.append(update(parameters, batch, indices, lr))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
-            run.require_finite("the loss", parameters)
+            run.require_finite("a weight", parameters)
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 
-            # only now do the statistics take the rollout in
+            # only now update the statistics with the rollout
             if args.norm_obs:
                 agent.obs_statistics.update(obs)
             if args.norm_reward:
@@ -386,7 +386,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
     agent = Agent(weights["obs_statistics.mean"].shape, action_space, args).to(device)
-    tensors.flatten_parameters(agent)  # laid out in memory as in training, so that it rounds alike
+    tensors.flatten_parameters(agent)  # same memory layout as in training, so same rounding
     agent.load_state_dict(weights)
     return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 

@@ -1,13 +1,13 @@
 """Soft Actor-Critic (SAC), in one file.
 
-Learn from random batches of a replay what an action is worth, by the smaller of two Q-values;
-move the policy towards better actions while it stays as random as a target entropy asks for.
+Learn Q-values from random batches of a replay buffer, trusting the smaller of two; move the policy
+towards better actions while alpha, the weight of its entropy, keeps it as random as a target asks.
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905.
 
     python sac_continuous.py
     python sac_continuous.py --env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 1000
 
-What to look at: losses/alpha falls and settles, losses/entropy nears minus the action dimensions.
+What to look at: charts/episodic_return rises, losses/alpha settles, losses/entropy nears -dim(A).
 """
 
 import copy
@@ -38,13 +38,13 @@ class Args:
     seed: int = 1
     """seed from which every random stream of the run is spawned"""
     torch_deterministic: bool = True
-    """on CUDA take deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
+    """on CUDA use deterministic algorithms, for exact resuming (on the CPU it is always exact)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU, if there is one, for images, SAC and DQN; else the CPU"""
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update with torch.compile; --no-compile is plain eager PyTorch, for debugging"""
+    """compile the update; on the CPU act in NumPy, but for images; --no-compile: eager, to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -60,7 +60,7 @@ class Args:
     resume: str | None = None
     """continue the run in this folder; exactly, unless it has a replay that is not saved"""
     evaluate: str | None = None
-    """evaluate the run in this folder as it is now, or FOLDER/best.pt, and train nothing"""
+    """evaluate the last checkpoint of the run in this folder, or FOLDER/best.pt; do not train"""
     render: bool = False
     """with --evaluate: show the episodes in a window"""
     checkpoint_every: int = 50_000
@@ -73,11 +73,11 @@ class Args:
     env_id: str = "HalfCheetah-v5"
     """environment; my_module:MyEnv-v0 imports my_module first"""
     total_timesteps: int = 1_000_000
-    """environment steps of the run, rounded down to whole steps of all environments"""
+    """environment steps of the run, rounded down to a multiple of --num-envs"""
     num_envs: int = 1
     """environments that step together"""
     vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in this process, or each in its own (Atari's are in threads anyhow)"""
+    """step the environments in this process, or each in its own (Atari: always in threads)"""
     policy_lr: float = 3e-4
     """learning rate of the policy"""
     q_lr: float = 1e-3
@@ -95,17 +95,17 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """keep the replay, as large as in memory, in checkpoints; else a resumed run is not exact"""
+    """save the replay buffer, as large as in memory, in checkpoints; else resuming is not exact"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """after so many updates of the Q-networks come as many of the policy (TD3's delay)"""
+    """every so many updates of the Q-networks, make as many of the policy (delayed, as in TD3)"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
-    """tune alpha so that the entropy nears its target, minus the number of action dimensions"""
+    """tune alpha so that the entropy nears its target, -1 per action dimension"""
     hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of the policy's and the Q-networks"""
+    """widths of the hidden layers of the policy and the Q-networks"""
     log_every: int = 1000
     """environment steps between logs; checkpoints and evaluations fall on these steps"""
 
@@ -140,7 +140,7 @@ class TwinQNetwork(tensors.Network):
     """Two Q-networks, of TwinLinear layers."""
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Values [2, B] of observations [B, *obs_shape] and actions [B, A] in [-1, 1]."""
+        """Q-values [2, B] of observations [B, *obs_shape] and actions [B, A] in [-1, 1]."""
         return super().forward(torch.cat((obs.flatten(1), action), 1)).squeeze(-1)
 
 
@@ -163,7 +163,7 @@ class Agent(nn.Module):
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
         mean, log_std = gaussian(self.actor(obs.flatten(1)))
-        action = torch.addcmul(mean, log_std.exp(), noise).tanh()
+        action = torch.addcmul(mean, log_std.exp(), noise).tanh()  # mean + std * noise
         return action, self.env_action(action)
 
     def env_action(self, action: torch.Tensor) -> torch.Tensor:
@@ -174,9 +174,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Return the deterministic action for one raw observation."""
-        weight = next(self.parameters())
-        obs = torch.as_tensor(np.array(obs), dtype=weight.dtype, device=weight.device)
-        return self.sample(obs[None], noise=weight.new_zeros(()))[1][0].cpu().numpy()[()]
+        obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
+        _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
+        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
 
 
 class Replay:
@@ -187,7 +187,7 @@ class Replay:
         self.columns = obs_size, action_size, 1, 1, obs_size
         self.rows = torch.zeros(size, sum(self.columns), device=device)
         self.num_rows, self.batch_size = 0, args.batch_size  # num_rows: ever added
-        self.shown = None  # observations [N, O] that the environments wait with
+        self.shown = None  # observations [N, O] that the environments show now
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, *obs_shape]."""
@@ -211,13 +211,13 @@ class Replay:
         return torch.randint(filled, (self.batch_size,), generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return, flat, obs, reward and next obs of the last `count` rows, and the obs now."""
+        """Return obs, reward, next obs of the last `count` rows, and the current obs, all flat."""
         rows = self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
         obs, _, reward, _, next_obs = rows.split(self.columns, 1)
         return torch.cat([x.flatten() for x in (obs, reward, next_obs, self.shown.to(obs.device))])
 
     def state_dict(self) -> dict:
-        """Return what is filled, through NumPy: no copy on the CPU, and saved without the rest."""
+        """Return the filled part through NumPy, so that torch.save does not write whole buffers."""
         rows = torch.from_numpy(self.rows[: self.num_rows].cpu().numpy())
         return {"num_rows": self.num_rows, "rows": rows, "obs": self.shown}
 
@@ -228,14 +228,14 @@ class Replay:
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
-    """log(1 - tanh(u)^2) of Haarnoja et al. 2018, arXiv:1812.05905, exact however large u is."""
+    """log(1 - tanh(u)^2) (Haarnoja et al. 2018, arXiv:1812.05905), accurate for any u."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def sample_with_log_prob(policy: tuple, noise: torch.Tensor) -> tuple:
     """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B] within (-1, 1).
 
-    The target entropy is meant in these units, however wide the environment's bounds are.
+    The target entropy refers to these actions, whatever the environment's bounds are.
     """
     mean, log_std = policy
     u = mean + log_std.exp() * noise
@@ -252,7 +252,7 @@ def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -
 
 
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Equation 7: minus the soft value: the smaller Q-value of both [2, B], and the entropy."""
+    """Equation 7: minus the soft value, the smaller of the Q-values [2, B] plus alpha * entropy."""
     return (alpha * log_prob - q.amin(0)).mean()
 
 
@@ -264,8 +264,8 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
 
-    Each is one graph, once compiled. Weights learn only where `functional` calls them. Noise is an
-    input: drawn inside, it would not be `rng`'s.
+    Compiled, each is one graph. Only weights used through `functional` get gradients. Noise is an
+    input: drawn inside, it would not come from `rng`.
     """
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 
@@ -302,7 +302,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
-    """Return the environment's spaces; end with one line if an argument cannot work."""
+    """Return the environment's spaces; exit with a one-line error if an argument cannot work."""
     arguments.check_ranges(args)
     for name in ("total_timesteps", "buffer_size", "learning_starts"):
         fits = getattr(args, name) >= args.num_envs
@@ -330,7 +330,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # and evaluates last
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step
@@ -340,11 +340,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         noise = torch.ones(args.num_envs, action_size, device=device)
         act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
         while global_step < last_step:
-            # a stretch of steps, at whose end there are logs, evaluations and checkpoints
+            # --log-every steps; at their end logs, and evaluations and checkpoints if due
             start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
-                if global_step <= args.learning_starts:
+                if global_step <= args.learning_starts:  # uniformly random actions
                     action = noise.uniform_(-1, 1, generator=rng["action"]).cpu().numpy()
                     env_action = agent.env_action(noise).cpu().numpy()
                 else:
@@ -352,15 +352,15 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
                 environments.send(env_action)  # where they can, they step while the network learns
 
-                before = max(global_step - args.num_envs, learning_starts)
+                before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
-                    batch = log_alpha, replay.rows, replay.sample(rng["replay"]), batch_noise
-                    batch_noise.normal_(generator=rng["replay"])
-                    losses = update_critic(critic, target, actor, *batch)
+                    batch = replay.rows, replay.sample(rng["replay"]), batch_noise
+                    batch_noise.normal_(generator=rng["replay"])  # in place, so in `batch` too
+                    losses = update_critic(critic, target, actor, log_alpha, *batch)
                     if i % args.policy_frequency == 0:
                         for _ in range(args.policy_frequency):
                             batch_noise.normal_(generator=rng["replay"])
-                            policy_losses = update_actor(critic, actor, *batch)
+                            policy_losses = update_actor(critic, actor, log_alpha, *batch)
                         metrics.append(torch.cat((losses, policy_losses)))
                     if i % args.target_network_frequency == 0:
                         target.lerp_(critic, args.tau)
@@ -368,7 +368,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
-            run.require_finite("the loss", critic, actor, log_alpha)
+            run.require_finite("a weight", critic, actor, log_alpha)
             run.episodes(environments.finished_episodes())
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
             run.scalars(means, global_step)
@@ -386,7 +386,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Box(weights["low"].numpy(), weights["high"].numpy())
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
-    tensors.flatten_parameters(agent.actor)  # laid out in memory as in training: rounds alike
+    tensors.flatten_parameters(agent.actor)  # same memory layout as in training, so same rounding
     agent.load_state_dict(weights)
     return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 

@@ -190,7 +190,7 @@ def write(result: Result, path: Path) -> None:
 
 
 def _write(text: str, path: Path) -> None:
-    """Write a file whole, or end with one line and leave what was there."""
+    """Write a file whole, or exit with one line and leave what was there."""
     with failing(f"{path} could not be written", OSError, code=1):
         path.parent.mkdir(parents=True, exist_ok=True)
         (whole := path.with_suffix(f".{os.getpid()}.writing")).write_text(text)

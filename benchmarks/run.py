@@ -254,7 +254,7 @@ def available_memory() -> int:
 def select(
     suite: str, env_ids: tuple, seeds: int, first_seed: int, script: str, flags: str, run_dir: Path
 ) -> list[Job]:
-    """Return the runs that the arguments of `run` name, or end with one line."""
+    """Return the runs that the arguments of `run` name, or exit with one line."""
     if suite not in SUITES:
         fail(f"no suite {suite}; there are {', '.join(SUITES)}")
     runs, several = SUITES[suite].runs, len({name for name, *_ in SUITES[suite].runs}) > 1
@@ -315,7 +315,7 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
                 screen.say(f"{job.state}: {job.name} {job.error}")
         if signals and "stopping" not in told:
             told.add("stopping")
-            screen.say("stopping, once the runs have saved; once more to leave at once")
+            screen.say("stopping, once the runs have saved; interrupt again to quit at once")
         left = [job for job in jobs if job.state in ("waiting", "elsewhere")]
         if not any(job.process for job in jobs) and (signals or not left):
             break

@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one line on standard error: code 2 for bad input, 1 for a run gone wrong."""
+    """Exit with one line on standard error: code 2 for bad input, 1 for a run gone wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def say(line: str, file: TextIO | None = None) -> bool:
-    """Print a line, above a progress bar; from where nobody reads it any more, return False.
+    """Print a line, above a progress bar; return False once nobody can read it any more.
 
-    That is where Ctrl-C has ended `| tee` as well, the terminal is gone or a log's disk is full.
+    That is when Ctrl-C has also ended `| tee`, the terminal is gone or a log's disk is full.
     """
     file = file or sys.stdout
     try:
@@ -34,7 +34,7 @@ def say(line: str, file: TextIO | None = None) -> bool:
 
 @contextmanager
 def failing(message: str, *errors: type[Exception], code: int = 2):
-    """End with one line, `message` and why, where one of these errors is raised."""
+    """Exit with one line, `message` and the reason, if one of these errors is raised."""
     try:
         yield
     except errors as error:

@@ -45,13 +45,13 @@ def flag(name: str) -> str:
 
 
 def require(condition: bool, args, name: str, need: str) -> None:
-    """End with one line, as `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
+    """Exit with a line like `error: --num-envs 0: must be at least 1`, unless `condition` holds."""
     if not condition:
         fail(f"{flag(name)} {getattr(args, name)}: must {need}")
 
 
 def check_ranges(args) -> None:
-    """End with one line if a number is out of its range, or the run could not begin."""
+    """Exit with a one-line error if a number is out of range or the run could not start."""
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and Path(args.run_dir).exists():
         resume = Path(args.run_dir, "checkpoint.pt").exists()
@@ -107,7 +107,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
     if refused := given - allowed:
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
-        fail(f"{flag(mode)} takes {refused} from the run; what may be given anew: {allowed}")
+        fail(f"{flag(mode)} takes {refused} from the run; it accepts only {allowed}")
     if {"render", "capture_video"} <= given:
         fail("--render and --capture-video exclude each other")
     if mode == "resume" and Path(run_dir).is_file():
@@ -121,7 +121,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     if "total_timesteps" in given and args.total_timesteps != stored.total_timesteps:
         for schedule in SCHEDULES:
             if getattr(stored, schedule, False):
-                fail(f"--total-timesteps: {flag(schedule)} depends on it, in this run")
+                fail(f"--total-timesteps cannot change: {flag(schedule)} depends on it in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
     anew["device"] = checkpoint["device"]  # not auto: a GPU may have come or gone
     return dataclasses.replace(stored, **anew), checkpoint

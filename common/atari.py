@@ -9,9 +9,9 @@ from gymnasium.vector import AutoresetMode, VectorWrapper
 from common.seeding import stream_seed
 
 PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
-to 30 frames of FIRE and no-ops at the start, at most 108,000; a lost life ends the agent's episode,
-not the game, and the step after it presses FIRE, whatever the action; returns are scores of whole
-games"""
+to 30 frames of FIRE and no-ops at the start, at most 108,000 a game; a lost life ends the agent's
+episode, not the game, and the step after it presses FIRE, whatever the action; returns are scores
+of whole games"""
 
 
 def find_game(env_id: str) -> str | None:
@@ -27,8 +27,8 @@ def find_game(env_id: str) -> str | None:
 class AtariGames(VectorWrapper):
     """Games [N] that step together: ale-py's vector environment under PROTOCOL.
 
-    `terminated` tells a lost life or the end of a game, infos["over"] the end of a game, be it by
-    its time limit; rewards are the score. Games are found again as Replayable does it.
+    `terminated` marks a lost life or the end of a game, infos["over"] only the end of a game, also
+    by its time limit; rewards are the score. Games are restored as in envs.Replayable.
     """
 
     def __init__(self, game: str, num_envs: int, seed: int, sticky_actions: float, **options):
@@ -81,7 +81,7 @@ class AtariGames(VectorWrapper):
     def step_wait(self) -> tuple:
         """Wait for the step that step_async began, and return what it gave."""
         obs, rewards, terminated, truncated, infos = self.games.recv()
-        over = infos["episode_frame_number"] < self.frames  # lives tell it in most games, not all
+        over = infos["episode_frame_number"] < self.frames  # lives would tell it in most games only
         self.frames, self.waiting = infos["episode_frame_number"], terminated & ~over
         infos = {name: infos[name] for name in ("final_obs",) if name in infos} | {"over": over}
         if over.any():

@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, to the CPU, or end with one line that says why not.
+    """Read what save_checkpoint wrote, to the CPU, or exit with a one-line error.
 
     Tensors are mapped, not read: a large replay takes no memory until it is copied.
     """

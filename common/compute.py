@@ -66,7 +66,7 @@ def setup_torch(args, faster: str) -> torch.device:
     torch.set_flush_denormal(True)
     torch.set_num_threads(args.num_threads)
     deterministic = device.type == "cuda" and args.torch_deterministic
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # a run before may have
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # an earlier run may differ
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
     if large and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -85,10 +85,10 @@ def setup_torch(args, faster: str) -> torch.device:
 def compile_function(function: Callable, args, device: torch.device) -> Callable:
     """Compile a plain function into one graph, unless with --no-compile or without a compiler.
 
-    Guards check a call's inputs alone, so what changes during a run must be one; kernels are called
-    from C++. Both together take a third off a small update.
+    Guards check only a call's inputs, so what changes during a run must be an input; kernels are
+    called from C++. Both together take a third off a small update.
     """
-    # what is chosen by timing it, a resumed run might choose otherwise
+    # options chosen by timing: a resumed run might choose differently
     timed = {"shape_padding": False, "dynamic_scale_rblock": False}
     options = {"cpp_wrapper": True} if device.type == "cpu" else timed
     if args.compile:
@@ -104,8 +104,8 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     inputs = {"", *inspect.signature(function).parameters}  # "" is PyTorch's own state
     named = re.compile(r"\w*")  # of x, or of batch[0]
     options["guard_filter_fn"] = lambda guards: [named.match(x.name)[0] in inputs for x in guards]
-    # what is compiled is kept by code object: without the other checks, a second run in this
-    # process would take the first one's, so each has a copy
+    # compiled code is cached by code object: without the other guards, a second run in this process
+    # would take the first one's, so each has a copy
     code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
     function = FunctionType(code, function.__globals__, *rest)
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -160,6 +160,6 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
             assert got.dtype == expected.dtype and got.shape == expected.shape
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     except Exception as error:  # whatever the network does that cannot be traced
-        print(f"acting in PyTorch, not in NumPy, which is slower: {error!r:.60}")
+        print(f"acting in PyTorch, which is slower than in NumPy: {error!r:.60}")
         return untraced
     return names["traced"]

@@ -1,4 +1,4 @@
-"""Environments: making them, checking their spaces, finding them again when a run is resumed."""
+"""Environments: making them, checking their spaces, restoring them when a run is resumed."""
 
 import atexit
 import importlib
@@ -87,7 +87,7 @@ class Replayable(gym.Wrapper):
             try:
                 self.obs, _, terminated, truncated, _ = self.step(action)
                 over = terminated or truncated
-            except Exception:  # as an action may be which this state does not allow
+            except Exception:  # e.g. this state does not allow the action
                 over = True
             if over:
                 self.obs = None
@@ -95,13 +95,13 @@ class Replayable(gym.Wrapper):
 
 
 def _training_env(args, index: int, trainer: int) -> gym.Env:
-    if os.getpid() != trainer:  # a worker: that process saves, and then ends it
+    if os.getpid() != trainer:  # a worker, which the trainer ends after saving
         os.setpgid(0, 0)  # so that a terminal's Ctrl-C does not reach programs that it starts
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, for those too
                 signal.signal(number, lambda *_: None)
         seed_process(args.seed, index)  # not the trainer's streams
-        torch.set_num_threads(1)  # the trainer's are not in a forked process, which would wait
+        torch.set_num_threads(1)  # a fork lacks the trainer's threads, and would wait for them
     return Replayable(args, index)
 
 
@@ -137,8 +137,8 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple:
         """Step all; return obs, rewards, terminated, truncated, each [N, ...], and infos.
 
-        An end that is both counts as terminated. The next step overwrites `obs`: copy it. Of infos
-        only final_obs is kept, and "over": all ends but those of Atari's lives.
+        An end of both kinds is a termination. The next step overwrites `obs`: copy it. Of infos
+        only final_obs is kept, and "over": all ends except Atari's lost lives.
         """
         self.send(actions)
         return self.recv()
@@ -174,7 +174,7 @@ class Environments:
         return finished
 
     def state_dict(self) -> dict:
-        """Return how to find the environments again, and the observations they wait with."""
+        """Return what restores the environments, and the observations they show now."""
         arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
         state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         # between processes tensors would take a file and shared memory each
@@ -191,7 +191,7 @@ class Environments:
         same = [x is not None and np.array_equal(np.array(x, y.dtype), y, True) for x, y in found]
         self.lost = ~np.array(same)
         if self.lost.any():
-            print("the environment does not repeat itself from its seed and actions: new episodes")
+            print("seed and actions replayed do not restore the environment: new episodes")
             anew = [(episode + 1, actions[:0]) for episode, actions in histories]
             histories = [b if x else a for a, b, x in zip(histories, anew, self.lost)]
             self.vector_env.set_attr("history", histories)
@@ -205,7 +205,7 @@ class Environments:
 
 
 def check_spaces(args, action_type: type, hint: str, bounded=False, images=False) -> tuple:
-    """Return the observation and action space, or end with one line if they do not fit."""
+    """Return the observation and action space, or exit with a one-line error."""
     if args.capture_video:
         prepare_video()
     try:
@@ -218,7 +218,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         where += "; games are spelled as ALE/Breakout-v5" * args.env_id.startswith("ALE/")
         fail(f"--env-id {args.env_id}: {str(error) or type(error).__name__:.300}{where}")
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
-        fail(f"--sticky-actions: {args.env_id} is not a game of ale-py's")
+        fail(f"--sticky-actions: {args.env_id} is not an ale-py game")
     obs_space, action_space = env.observation_space, env.action_space
     padding = getattr(env, "padding_type", None), getattr(env, "stack_size", None)
     stacked = padding == ("zero", 4)  # as in make_env
@@ -237,7 +237,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         kind = type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
     if not obs_space.shape:
-        fail(f"{args.env_id} has observations without an axis; wrap it in FlattenObservation")
+        fail(f"{args.env_id} has scalar observations; wrap it in FlattenObservation")
     if images and not (stacked or atari.find_game(args.env_id)):
         what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"
         fail(f"{args.env_id} {what}; use ppo_discrete.py")
@@ -245,14 +245,14 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         if getattr(args, "norm_obs", False):
             fail("--norm-obs: images are divided by 255 instead")
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
-            what = "images must be of bytes, [C, H, W], and 36 pixels wide and high"
-            fail(f"{args.env_id}: {what}; wrap what is none in FlattenObservation")
+            what = "images must be of bytes, [C, H, W], at least 36 pixels each way"
+            fail(f"{args.env_id}: {what}; wrap anything else in FlattenObservation")
     first, _ = env.reset(seed=0)
     env.close()
     shape, dtype = np.shape(first), np.asarray(first).dtype
     if shape != obs_space.shape or not np.can_cast(dtype, obs_space.dtype, "same_kind"):
-        what = f"observations of {dtype} {list(shape)}, not of {obs_space.dtype}"
-        fail(f"{args.env_id} gives {what} {list(obs_space.shape)}, as its space says")
+        what = f"observations of {dtype} {list(shape)}; its space says {obs_space.dtype}"
+        fail(f"{args.env_id} gives {what} {list(obs_space.shape)}")
     if args.capture_video or args.render:
         about = f"{args.env_id} cannot be drawn here"
         if hasattr(env.unwrapped, "mujoco_renderer") and "DISPLAY" not in os.environ:
@@ -281,9 +281,9 @@ def prepare_video() -> None:
 def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float], list[int]]:
     """Play --eval-episodes episodes, episode i seeded from (seed, first + i): returns, lengths.
 
-    An episode that neither terminates nor is truncated is left after 108,000 steps.
+    An episode that neither terminates nor is truncated is cut off after 108,000 steps.
     """
-    seed_process(stream_seed(args.seed, "eval", first))  # what is made may draw as well
+    seed_process(stream_seed(args.seed, "eval", first))  # making an env may draw numbers, too
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
     filming = args.capture_video and not args.render
     if filming:

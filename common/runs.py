@@ -25,14 +25,14 @@ from tqdm import tqdm
 from common import atari, compute, envs, fail, failing, provenance, say
 from common.checkpoint import load_checkpoint, save_checkpoint
 
-ASKED = signal.SIGINT, signal.SIGTERM  # a terminal that closes may say so twice
+ASKED = signal.SIGINT, signal.SIGTERM  # not SIGHUP: a closing terminal may send it twice
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 
 
 def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> dict:
-    """Load a checkpoint of `script` from a run folder, or end with one line that says why not.
+    """Load a checkpoint of `script` from a run folder, or exit with a one-line error.
 
-    It may also be named itself, as r/best.pt.
+    `run_dir` may also be a checkpoint file, as r/best.pt.
     """
     path = Path(run_dir)
     if not path.is_file():
@@ -48,7 +48,7 @@ def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> d
 
 def describe(returns: list[float], lengths: list[int]) -> str:
     """Say in words how an evaluation went."""
-    spread = f"{np.mean(returns):,.1f} ± {np.std(returns):,.1f} (least {min(returns):,.1f})"
+    spread = f"{np.mean(returns):,.1f} ± {np.std(returns):,.1f} (min {min(returns):,.1f})"
     return f"evaluation of {len(returns)} episodes: return {spread}, length {np.mean(lengths):,.0f}"
 
 
@@ -104,9 +104,9 @@ os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_begi
 class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
-    `parts` are all that decides how training goes on, by name. A checkpoint has the state_dict of
-    each, and they are loaded from `checkpoint`, if there is one. Once it is left at its last step,
-    a run evaluates, and saves what it has.
+    `parts`, by name, are everything that decides how training continues. A checkpoint holds their
+    state_dicts; from `checkpoint`, if there is one, they are loaded. Leaving the `with` block at
+    the last step evaluates the agent and saves the run.
     """
 
     def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
@@ -122,7 +122,7 @@ class Run:
         if checkpoint and (self.dir / "best.pt").exists():  # it may be the younger
             best = load_checkpoint(self.dir / "best.pt")["best_return"]
             self.best_return = max(self.best_return, best)
-        self.last_scalars = []  # logged at the last step, as the last evaluation is once more
+        self.last_scalars = []  # logged at the last step; again, if resumed just for the evaluation
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:
             fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
@@ -130,7 +130,7 @@ class Run:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         self.device = device.type
-        if checkpoint:  # a replay is not to stay in memory twice; user's errors are their own
+        if checkpoint:  # popped: no replay in memory twice; users' envs raise their own
             parts["envs"].load_state_dict(checkpoint.pop("envs"))
             with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
                 for name in [name for name in parts if name != "envs"]:
@@ -143,8 +143,8 @@ class Run:
         try:
             if args.track:
                 self._track()
-            # readers drop what a killed run logged after its checkpoint, as it is logged again; of
-            # the last step, to which the last evaluation belongs, all is
+            # readers drop what a killed run logged after its checkpoint: it is logged again, as is
+            # all of the last step, to which the last evaluation belongs
             purge_step = self.step + (not history["last_scalars"]) if checkpoint else None
             with failing(f"{self.dir} could not be written", OSError, code=1):
                 self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
@@ -154,7 +154,7 @@ class Run:
             self._introduce()
             if checkpoint is None:
                 self.save(0)
-                load_checkpoint(self.dir / "checkpoint.pt")  # what it refuses is to be known now
+                load_checkpoint(self.dir / "checkpoint.pt")  # if it cannot be read back, fail now
             elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
                 save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
         except SystemExit:
@@ -202,7 +202,7 @@ class Run:
                 print(f"{path} is damaged: what the run was begun with is not known")
                 return
             if other := [x for x in ("code", "versions", "machine") if before.get(x) != config[x]]:
-                print(f"not as it was begun: {', '.join(other)}; it goes on, perhaps not exactly")
+                print(f"changed since the run began: {', '.join(other)}; resuming may not be exact")
 
     def _introduce(self) -> None:
         args, last_step = self.args, self.last_step
@@ -270,13 +270,13 @@ class Run:
 
     def _stop(self, number: int, _frame) -> None:
         if self.signal in ASKED and number in ASKED:
-            if time.monotonic() - self.asked < 0.2:  # once, but to the process and to its group
+            if time.monotonic() - self.asked < 0.2:  # one signal, sent to process and group
                 return
             leave(number)
         if self.signal not in ASKED:
             self.signal, self.asked = number, time.monotonic()
         with contextlib.suppress(RuntimeError):  # it came amid another line
-            self._say("stopping at the next boundary; once more to leave at once", sys.stderr)
+            self._say("stopping at the next boundary; interrupt again to quit at once", sys.stderr)
 
     def due(self, every: int, step: int) -> bool:
         """Tell if a multiple of `every` was passed since the last progress, before the end."""
@@ -298,7 +298,7 @@ class Run:
             self.scalars({"charts/episodic_return": total, "charts/episodic_length": length}, step)
 
     def evaluate(self, agent: torch.nn.Module, step: int) -> None:
-        """Evaluate, log, and save the agent to best.pt if it never was as good."""
+        """Evaluate, log, and save the agent to best.pt if it is the best so far."""
         learning = [module for module in agent.modules() if module.training]
         agent.eval()
         returns, lengths = envs.play(agent.act, self.args, self.dir)

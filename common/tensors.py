@@ -46,7 +46,7 @@ def discounted_returns(rewards, ends, gamma: float, carry: np.ndarray) -> np.nda
 
 
 class ReturnStatistics(RunningStatistics):
-    """Statistics of discounted_returns: their deviation is the unit of normalised rewards."""
+    """Statistics of discounted_returns: rewards are divided by their standard deviation."""
 
     def __init__(self, num_envs: int):
         super().__init__(())
@@ -65,7 +65,7 @@ def flatten_parameters(module: nn.Module) -> torch.Tensor:
 
     Differentiate with respect to it; the parameters themselves no longer require gradients. They
     follow each other as in named_parameters(), a module's own before its children's. ValueError if
-    one is frozen, which would be trained, or a view of another vector, which would lose it.
+    one is frozen (it would be trained) or already a view of another vector (which would lose it).
     """
     if frozen := [name for name, x in module.named_parameters() if not x.requires_grad]:
         raise ValueError(f"frozen, or part of another vector already: {', '.join(frozen)}")
@@ -86,9 +86,9 @@ def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Te
 def functional(module: nn.Module, bf16: bool) -> Callable:
     """Return `module` as a function of a vector of its parameters [P] and of its inputs.
 
-    With `bf16` it takes products in bfloat16 (mixed precision), but for the last ones in a Network.
-    What it returns is float32, unless it is no floating-point number. Weights have a gradient only
-    where this calls them: `module(x)` passes one on to x, but learns nothing.
+    With `bf16` it multiplies in bfloat16 (mixed precision), except in the last layer of a Network.
+    Floating-point outputs are float32. Weights get gradients only through this function: a plain
+    `module(x)` passes gradients on to x, but trains nothing.
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
@@ -130,7 +130,7 @@ class FlatAdam(nn.Module):
         self.register_buffer("exp_avg_sq", torch.zeros_like(parameters))
 
     def step(self, parameters: torch.Tensor, gradient: torch.Tensor, lr: torch.Tensor) -> None:
-        """Step against `gradient` [P], in place; an `lr` that changes is to be a tensor."""
+        """Step against `gradient` [P], in place; an `lr` that changes must be a tensor."""
         self.beta1_power *= 0.9
         self.beta2_power *= 0.999
         self.exp_avg.lerp_(gradient, 1 - 0.9)

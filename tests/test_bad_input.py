@@ -17,7 +17,7 @@ CASES = {
     "--env-id toy_envs:Steps-v0": "actions of int64, not of floating point",
     "--env-id toy_envs:Words-v0": "Dict observations",
     "--env-id toy_envs:Unbounded-v0 --squash": "actions without bounds",
-    "--env-id toy_envs:Scalar-v0": "observations without an axis",
+    "--env-id toy_envs:Scalar-v0": "has scalar observations",
     "--render": "--render goes with --evaluate",
     "--num-envs 0": "at least 1",
     "--num-steps -5": "at least 1",
@@ -64,7 +64,7 @@ DISCRETE_CASES = {
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 512 samples",
     "--num-minibatches 3 --env-id ALE/Pong-v5": "--num-minibatches 3: must divide a rollout's 1024",
     "--sticky-actions 1.5": "from 0 to 1",
-    "--sticky-actions 0.25": "CartPole-v1 is not a game of ale-py's",
+    "--sticky-actions 0.25": "CartPole-v1 is not an ale-py game",
 }
 ALL = [("ppo_continuous.py", *case) for case in CASES.items()]
 ALL += [("ppo_discrete.py", *case) for case in DISCRETE_CASES.items()]
@@ -134,7 +134,7 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoint.pt").write_bytes(edit(track=False))
     done = run("ppo_continuous.py", "--resume", "r", cwd=tmp_path)
-    assert "not as it was begun: code; it goes on" in done.stdout
+    assert "changed since the run began: code; resuming" in done.stdout
     done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"

@@ -442,7 +442,7 @@ def test_progress_is_that_since_the_run_went_on(monkeypatch, capsys):
 
 
 def test_an_evaluation_is_described_by_mean_deviation_and_least():
-    said = "evaluation of 2 episodes: return 2.0 ± 1.0 (least 1.0), length 15"
+    said = "evaluation of 2 episodes: return 2.0 ± 1.0 (min 1.0), length 15"
     assert runs.describe([1.0, 3.0], [10, 20]) == said
 
 
@@ -915,9 +915,9 @@ def test_a_renderer_that_works_is_chosen(monkeypatch, works, given, chosen):
     [
         (np.zeros(1, np.float64), None),
         (np.zeros(1, np.int64), None),
-        (np.zeros((1, 1), np.float32), "float32 [1, 1], not of float32 [1]"),
-        (0.5, "float64 [], not of float32 [1]"),
-        (np.zeros(1, np.complex64), "complex64 [1], not of float32 [1]"),
+        (np.zeros((1, 1), np.float32), "float32 [1, 1]; its space says float32 [1]"),
+        (0.5, "float64 []; its space says float32 [1]"),
+        (np.zeros(1, np.complex64), "complex64 [1]; its space says float32 [1]"),
     ],
 )
 def test_observations_are_to_be_what_their_space_says(obs, gives, monkeypatch, capsys):

@@ -933,7 +933,7 @@ def test_loss_gone_wrong_stops_the_run(capsys, prioritized):
     with pytest.raises(SystemExit) as stopped:
         dqn.train(dqn.Args(**options, total_timesteps=400))
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 1 and "the loss became NaN" in line
+    assert stopped.value.code == 1 and "a weight became NaN" in line
 
 
 def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():

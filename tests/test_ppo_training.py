@@ -358,7 +358,7 @@ def test_nan_loss_stops_the_run(ppo, capsys):
     options = SHORT | {"learning_rate": 1e30}
     with pytest.raises(SystemExit) as stopped:
         ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **options))
-    assert stopped.value.code == 1 and "the loss became NaN" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "a weight became NaN" in capsys.readouterr().err
     assert all(x.isfinite().all() for x in ppo.load_agent("r").parameters())
 
 

@@ -372,7 +372,7 @@ ppo.train(ppo.Args(env_id="Pendulum-v1", compile=False, run_dir="r"))
 """
     words = [sys.executable, "-c", program, str(ROOT)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 130 and "once more to leave at once" in done.stderr
+    assert done.returncode == 130 and "interrupt again to quit at once" in done.stderr
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 0
 
 
