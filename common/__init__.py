@@ -23,9 +23,9 @@ def say(line: str, file: TextIO | None = None) -> bool:
     try:
         tqdm.write(line, file=file)
         file.flush()
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # a reader that is slow
-            return True
+    except BlockingIOError:  # a reader that is slow
+        return True
+    except OSError:
         with suppress(OSError):  # if it has no descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         return False

@@ -54,10 +54,9 @@ def check_ranges(args) -> None:
     """Exit with a one-line error if a number is out of range or the run could not start."""
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and Path(args.run_dir).exists():
-        resume = Path(args.run_dir, "checkpoint.pt").exists()
-        what = (
-            f"--resume {args.run_dir} continues it" if resume else "there is no run to resume in it"
-        )
+        what = "there is no run to resume in it"
+        if Path(args.run_dir, "checkpoint.pt").exists():
+            what = f"--resume {args.run_dir} continues it"
         fail(f"--run-dir {args.run_dir}: it exists already; {what}")
     folder = Path(args.run_dir or "runs/new").absolute()
     above = next(path for path in folder.parents if os.path.exists(path))
@@ -74,8 +73,7 @@ def check_ranges(args) -> None:
                 require(low <= x <= high and x < math.inf, args, name, f"be {need}")
     for name, other in EFFECTIVE_WITH.items():
         if new and getattr(args, name, None) != getattr(type(args), name, None):
-            switch = other.removeprefix("no_")
-            on = getattr(args, switch, switch == other) == (switch == other)
+            on = getattr(args, other.removeprefix("no_"), None) != other.startswith("no_")
             require(on, args, name, f"go with {flag(other)}")
     if new and getattr(args, "minibatch_size", None) is not None:
         default = args.num_minibatches == type(args).num_minibatches

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from types import FunctionType
 
 import numpy as np
@@ -108,19 +109,15 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     # would take the first one's, so each has a copy
     code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
     function = FunctionType(code, function.__globals__, *rest)
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    called = False
 
-    def call(*inputs):
-        nonlocal called
-        if not called:  # which takes seconds, in SAC and DQN well after the start
-            called = True
-            with suppress(OSError):  # that nobody reads it, the run will notice
-                tqdm.write(f"compiling {function.__name__}")
-                sys.stdout.flush()
-        return compiled(*inputs)
+    @cache
+    def compiled() -> Callable:  # its first call takes seconds, in SAC and DQN long after the start
+        with suppress(OSError):  # that nobody reads it, the run will notice
+            tqdm.write(f"compiling {function.__name__}")
+            sys.stdout.flush()
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
-    return call
+    return lambda *inputs: compiled()(*inputs)
 
 
 @torch.random.fork_rng(devices=())  # tracing must not consume random numbers
@@ -156,9 +153,8 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
             else:
                 lines.append(f"return {node.args[0]}")
         exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
-        for got, expected in zip(names["traced"](*examples), untraced(*examples), strict=True):
-            assert got.dtype == expected.dtype and got.shape == expected.shape
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        got, expected = names["traced"](*examples), untraced(*examples)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
     except Exception as error:  # whatever the network does that cannot be traced
         print(f"acting in PyTorch, which is slower than in NumPy: {error!r:.60}")
         return untraced

@@ -81,17 +81,15 @@ class Replayable(gym.Wrapper):
 
     @history.setter
     def history(self, history: tuple[int, np.ndarray]) -> None:
-        self.episode, over = history[0] - 1, False
+        self.episode = history[0] - 1
         self.obs, _ = self.reset()
-        for action in history[1]:
-            try:
+        try:
+            for action in history[1]:
                 self.obs, _, terminated, truncated, _ = self.step(action)
-                over = terminated or truncated
-            except Exception:  # e.g. this state does not allow the action
-                over = True
-            if over:
-                self.obs = None
-                break
+                if terminated or truncated:
+                    raise RuntimeError("the episode ended before all were repeated")
+        except Exception:  # or, e.g., this state does not allow the action
+            self.obs = None
 
 
 def _training_env(args, index: int, trainer: int) -> gym.Env:
@@ -119,20 +117,19 @@ class Environments:
     """
 
     def __init__(self, args):
-        vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
+        vectorize = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
         if game := atari.find_game(args.env_id):
             self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
         else:
             makers = [partial(_training_env, args, i, os.getpid()) for i in range(args.num_envs)]
             atexit.register(_end_workers)  # before multiprocessing's own end, which would wait
-            mode = AutoresetMode.SAME_STEP
-            self.vector_env = vector_class(makers, copy=False, autoreset_mode=mode)
+            self.vector_env = vectorize(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
             for worker in getattr(self.vector_env, "processes", []):
                 worker.terminate = worker.kill
         self.background = hasattr(self.vector_env, "step_async")
         self.obs, _ = self.vector_env.reset()
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-        self.steps, self.new, self.lost = 0, [], np.zeros(args.num_envs, bool)
+        self.steps, self.finished, self.lost = 0, [], np.zeros(args.num_envs, bool)
 
     def step(self, actions: np.ndarray) -> tuple:
         """Step all; return obs, rewards, terminated, truncated, each [N, ...], and infos.
@@ -154,23 +151,20 @@ class Environments:
         vector_env = self.vector_env
         outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
         self.obs, rewards, terminated, truncated, infos = outcome
-        infos.setdefault("over", terminated | truncated)  # which games tell themselves
-        self.new.append((rewards, infos["over"]))
+        over = infos.setdefault("over", terminated | truncated)  # which games tell themselves
+        self.returns += rewards
+        self.lengths += 1
+        self.steps += len(over)
+        for i in np.flatnonzero(over):
+            self.finished.append((float(self.returns[i]), int(self.lengths[i]), self.steps))
+            self.returns[i], self.lengths[i] = 0.0, 0
         return self.obs, rewards, terminated, truncated & ~terminated, infos
 
     def finished_episodes(self) -> list[tuple[float, int, int]]:
         """Undiscounted return, length and last environment step of what ended since the last call,
         terminated or truncated, but for Atari's lost lives.
         """
-        finished = []
-        for rewards, over in self.new:
-            self.returns += rewards
-            self.lengths += 1
-            self.steps += len(over)
-            for i in np.flatnonzero(over):
-                finished.append((float(self.returns[i]), int(self.lengths[i]), self.steps))
-                self.returns[i], self.lengths[i] = 0.0, 0
-        self.new.clear()
+        finished, self.finished = self.finished, []
         return finished
 
     def state_dict(self) -> dict:
@@ -184,7 +178,7 @@ class Environments:
     def load_state_dict(self, state: dict) -> None:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
         histories = [(episode, actions.numpy()) for episode, actions in state["histories"]]
-        self.steps, self.new = state["steps"], []
+        self.steps, self.finished = state["steps"], []
         self.vector_env.set_attr("history", histories)
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
@@ -233,11 +227,9 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
             width = np.subtract(action_space.high, action_space.low, dtype=np.float32)
         if not np.isfinite(width).all():
             fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
-    if not isinstance(obs_space, gym.spaces.Box):
-        kind = type(obs_space).__name__
-        fail(f"{args.env_id} has {kind} observations, not a Box; wrap it in FlattenObservation")
-    if not obs_space.shape:
-        fail(f"{args.env_id} has scalar observations; wrap it in FlattenObservation")
+    if not isinstance(obs_space, gym.spaces.Box) or not obs_space.shape:
+        kind = "scalar" if obs_space.shape == () else type(obs_space).__name__
+        fail(f"{args.env_id} has {kind} observations; wrap it in FlattenObservation")
     if images and not (stacked or atari.find_game(args.env_id)):
         what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"
         fail(f"{args.env_id} {what}; use ppo_discrete.py")
@@ -247,11 +239,10 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             what = "images must be of bytes, [C, H, W], at least 36 pixels each way"
             fail(f"{args.env_id}: {what}; wrap anything else in FlattenObservation")
-    first, _ = env.reset(seed=0)
+    obs = np.asarray(env.reset(seed=0)[0])
     env.close()
-    shape, dtype = np.shape(first), np.asarray(first).dtype
-    if shape != obs_space.shape or not np.can_cast(dtype, obs_space.dtype, "same_kind"):
-        what = f"observations of {dtype} {list(shape)}; its space says {obs_space.dtype}"
+    if obs.shape != obs_space.shape or not np.can_cast(obs.dtype, obs_space.dtype, "same_kind"):
+        what = f"observations of {obs.dtype} {list(obs.shape)}; its space says {obs_space.dtype}"
         fail(f"{args.env_id} gives {what} {list(obs_space.shape)}")
     if args.capture_video or args.render:
         about = f"{args.env_id} cannot be drawn here"
@@ -296,11 +287,11 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
     for i in range(args.eval_episodes):
-        env.action_space.seed(stream_seed(args.seed, "eval", first + i, 0))
-        seed = stream_seed(args.seed, "eval", first + i)
-        seed_process(seed)
-        obs, _ = env.reset(seed=seed)
-        rng = np.random.default_rng(stream_seed(args.seed, "eval", first + i, 1))
+        stream = args.seed, "eval", first + i
+        env.action_space.seed(stream_seed(*stream, 0))
+        seed_process(stream_seed(*stream))
+        obs, _ = env.reset(seed=stream_seed(*stream))
+        rng = np.random.default_rng(stream_seed(*stream, 1))
         terminated = truncated = False
         while not (terminated or truncated or lengths[i] == 108_000):
             action = env.action_space.sample() if rng.random() < epsilon else act(obs)

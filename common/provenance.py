@@ -22,13 +22,13 @@ def processor() -> str:
 
 def commit() -> str:
     """Return git's commit, with -dirty where a Python file is changed or new; "" without git."""
-    root, words = Path(__file__).parent.parent, ("rev-parse HEAD", "status --porcelain -- *.py")
-    git = [["git", "-C", str(root), *x.split()] for x in words]
+    options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
     try:
-        done = [subprocess.run(x, capture_output=True, text=True).stdout.strip() for x in git]
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", "*.py"], **options).stdout
     except OSError:  # no git
         return ""
-    return done[0] + "-dirty" * bool(done[1])
+    return head + "-dirty" * bool(changed)
 
 
 def code(script: str) -> str:
@@ -41,9 +41,7 @@ def code(script: str) -> str:
 
 def record(device: torch.device) -> dict:
     """Return what a result depends on beyond its arguments: command line, commit, versions, ..."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    packages = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
-    versions = {name: version(name) for name in packages}
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py", "numpy")}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit() or None,
@@ -52,7 +50,7 @@ def record(device: torch.device) -> dict:
             "system": platform.platform(),
             "processor": processor(),
             "cores": os.cpu_count(),
-            "device": name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         },
         "num_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -114,14 +114,12 @@ class Run:
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
         self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
-        history = {"global_step": 0, "returns": [], "best_return": -math.inf, "finished": False}
-        history |= {"last_scalars": []} | (checkpoint or {})
+        history = {"global_step": 0, "returns": [], "finished": False, "last_scalars": []}
+        history |= checkpoint or {}
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
-        self.best_return = history["best_return"]
-        if checkpoint and (self.dir / "best.pt").exists():  # it may be the younger
-            best = load_checkpoint(self.dir / "best.pt")["best_return"]
-            self.best_return = max(self.best_return, best)
+        best = self.dir / "best.pt"  # it may be younger than the checkpoint
+        self.best_return = load_checkpoint(best)["best_return"] if best.exists() else -math.inf
         self.last_scalars = []  # logged at the last step; again, if resumed just for the evaluation
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:
@@ -129,7 +127,6 @@ class Run:
         if history["finished"] and self.step == last_step:
             print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
-        self.device = device.type
         if checkpoint:  # popped: no replay in memory twice; users' envs raise their own
             parts["envs"].load_state_dict(checkpoint.pop("envs"))
             with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
@@ -184,10 +181,8 @@ class Run:
             identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
         ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
-        try:
+        with failing("--track", Exception):  # wandb has many
             wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
-        except Exception as error:  # wandb has many
-            fail(f"--track: {error}")
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"
@@ -209,7 +204,7 @@ class Run:
         why = "the faster here" if torch.cuda.is_available() else "no CUDA here"
         auto = f" ({why})" if args.device == "auto" else ""
         mode = ("compiled" if args.compile else "eager") + ", bfloat16" * args.bf16
-        how = f"{self.device}{auto}, {args.num_threads} thread(s), {mode}"
+        how = f"{self.about['device']}{auto}, {args.num_threads} thread(s), {mode}"
         self._say(f"{self.dir}: {args.env_id}, {last_step:,} steps, seed {args.seed}, {how}")
         if atari.find_game(args.env_id):
             rewards = "clipped for learning" if args.clip_reward else "learned from as they are"
@@ -269,12 +264,12 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
-        if self.signal in ASKED and number in ASKED:
+        if self.signal not in ASKED:
+            self.signal, self.asked = number, time.monotonic()
+        elif number in ASKED:
             if time.monotonic() - self.asked < 0.2:  # one signal, sent to process and group
                 return
             leave(number)
-        if self.signal not in ASKED:
-            self.signal, self.asked = number, time.monotonic()
         with contextlib.suppress(RuntimeError):  # it came amid another line
             self._say("stopping at the next boundary; interrupt again to quit at once", sys.stderr)
 
@@ -311,7 +306,7 @@ class Run:
         if mean > self.best_return:
             self.best_return = mean
             best = {"global_step": step, "best_return": mean, "agent": agent.state_dict()}
-            self._write("best.pt", best)
+            save_checkpoint(self.dir / "best.pt", self.about | best)
 
     def progress(self, step: int) -> None:
         """Log the speed, and show it in a bar, or a line every ten seconds without a terminal.
@@ -339,14 +334,11 @@ class Run:
         """Write a checkpoint, once TensorBoard's events up to it are on disk."""
         with failing(f"{self.dir} could not be written", OSError, code=1):
             self.writer.flush()
-        state = {"returns": list(self.returns), "best_return": self.best_return}
-        state |= {"finished": finished, "last_scalars": [] if finished else self.last_scalars}
+        state = {"returns": list(self.returns), "finished": finished}
+        state["last_scalars"] = [] if finished else self.last_scalars
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        self._write("checkpoint.pt", {"global_step": step} | state)
+        save_checkpoint(self.dir / "checkpoint.pt", self.about | {"global_step": step} | state)
         self.saved = step
-
-    def _write(self, name: str, state: dict) -> None:
-        save_checkpoint(self.dir / name, self.about | state)
 
     def require_finite(self, what: str, *values: np.ndarray | torch.Tensor) -> None:
         """End a run gone wrong, which leaves its last good checkpoint."""

@@ -42,10 +42,9 @@ class Streams(dict):
     """
 
     def __init__(self, seed: int, names: tuple[str, ...], device: torch.device):
-        super().__init__({name: torch.Generator(device) for name in names})
-        self.device = device
         for name in names:
-            self[name].manual_seed(stream_seed(seed, name))
+            self[name] = torch.Generator(device).manual_seed(stream_seed(seed, name))
+        self.device = device
         torch.manual_seed(stream_seed(seed, "init"))  # on CUDA, too
         seed_process(seed)
 

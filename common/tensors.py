@@ -70,17 +70,8 @@ def flatten_parameters(module: nn.Module) -> torch.Tensor:
     if frozen := [name for name, x in module.named_parameters() if not x.requires_grad]:
         raise ValueError(f"frozen, or part of another vector already: {', '.join(frozen)}")
     flat = nn.utils.parameters_to_vector(module.requires_grad_(False).parameters())
-    for name, view in unflatten(flat, module).items():
-        module.get_parameter(name).data = view
+    nn.utils.vector_to_parameters(flat, module.parameters())
     return flat
-
-
-def unflatten(parameters: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return views of the vector [P] under the names and shapes of the parameters of `module`."""
-    named = dict(module.named_parameters())
-    chunks = parameters.split([parameter.numel() for parameter in named.values()])
-    # shapes alone: parameters would be inputs of a compiled graph, overlapping the vector
-    return {name: chunk.view(named[name].shape) for name, chunk in zip(named, chunks)}
 
 
 def functional(module: nn.Module, bf16: bool) -> Callable:
@@ -92,10 +83,14 @@ def functional(module: nn.Module, bf16: bool) -> Callable:
     """
 
     def call(parameters: torch.Tensor, *inputs: torch.Tensor):
+        named = dict(module.named_parameters())
+        chunks = parameters.split([parameter.numel() for parameter in named.values()])
+        # shapes alone: parameters would be inputs of a compiled graph, overlapping the vector
+        views = {name: chunk.view(named[name].shape) for name, chunk in zip(named, chunks)}
         if not bf16:
-            return functional_call(module, unflatten(parameters, module), inputs)
+            return functional_call(module, views, inputs)
         with torch.autocast(parameters.device.type, torch.bfloat16):
-            out = functional_call(module, unflatten(parameters, module), inputs)
+            out = functional_call(module, views, inputs)
         return tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, out)
 
     return call
