@@ -33,7 +33,7 @@ from common.checkpoint import load_checkpoint  # noqa: E402
 PPO = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
 PPO |= {"norm_obs": True, "norm_reward": True}
 REPLAY = {"num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size": 8}
-REPLAY |= {"log_every": 20, "checkpoint_replay": True}
+REPLAY |= {"log_every": 20, "checkpoint_replay": True, "num_threads": 1}
 DQN = REPLAY | {"double": True, "dueling": True, "prioritized": True, "n_step": 3}
 PIXELS = {"env_id": "pixel_envs:SmallCatch-v0", "max_grad_norm": 1.0}
 CASES = {
