@@ -44,7 +44,7 @@ class Args:
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update; on the CPU act in NumPy, but for images; --no-compile: eager, to debug"""
+    """compile the update; on the CPU, act in NumPy, but for a CNN; --no-compile: eager, to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False

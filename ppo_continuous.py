@@ -45,7 +45,7 @@ class Args:
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update; on the CPU act in NumPy, but for images; --no-compile: eager, to debug"""
+    """compile the update; on the CPU, act in NumPy, but for a CNN; --no-compile: eager, to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -120,7 +120,7 @@ class Args:
     max_grad_norm: float = 0.5
     """gradients of a larger global norm are scaled down to it"""
     target_kl: float | None = None
-    """stop after an epoch whose last minibatch has a larger approximate KL (auxiliary detail 3)"""
+    """end the update after an epoch whose last minibatch has a larger KL (auxiliary detail 3)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of the policy and the value network"""
     squash: bool = False

@@ -53,7 +53,7 @@ def require(condition: bool, args, name: str, need: str) -> None:
 def check_ranges(args) -> None:
     """Exit with a one-line error if a number is out of range or the run could not start."""
     new = args.resume is None and args.evaluate is None
-    if new and args.run_dir and Path(args.run_dir).exists():
+    if new and args.run_dir and os.path.exists(args.run_dir):
         what = "there is no run to resume in it"
         if Path(args.run_dir, "checkpoint.pt").exists():
             what = f"--resume {args.run_dir} continues it"

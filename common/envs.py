@@ -228,7 +228,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         if not np.isfinite(width).all():
             fail(f"{args.env_id} has actions without bounds, which tanh cannot be scaled to")
     if not isinstance(obs_space, gym.spaces.Box) or not obs_space.shape:
-        kind = "scalar" if obs_space.shape == () else type(obs_space).__name__
+        kind = "scalar" if isinstance(obs_space, gym.spaces.Box) else type(obs_space).__name__
         fail(f"{args.env_id} has {kind} observations; wrap it in FlattenObservation")
     if images and not (stacked or atari.find_game(args.env_id)):
         what = "does not give one frame [H, W] of bytes, 36 pixels or more each way"

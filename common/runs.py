@@ -119,7 +119,8 @@ class Run:
         self.step = self.first_step = history["global_step"]
         self.returns = deque(history["returns"], maxlen=100)
         best = self.dir / "best.pt"  # it may be younger than the checkpoint
-        self.best_return = load_checkpoint(best)["best_return"] if best.exists() else -math.inf
+        known = load_checkpoint(best) if checkpoint and best.exists() else {}
+        self.best_return = known.get("best_return", -math.inf)
         self.last_scalars = []  # logged at the last step; again, if resumed just for the evaluation
         self.signal, self.saved = 0, self.step  # the one that asked to stop; the last checkpoint
         if self.step > last_step:

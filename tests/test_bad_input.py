@@ -57,6 +57,7 @@ DISCRETE_CASES = {
     "--env-id Pendulum-v1": "continuous actions; use ppo_continuous.py",
     "--env-id toy_envs:Flags-v0": "multibinary actions; no script takes them",
     "--env-id toy_envs:Words-discrete-v0": "Dict observations",
+    "--env-id FrozenLake-v1": "has Discrete observations; wrap it in",
     "--env-id toy_envs:Pictures-v0": "images must be of bytes",
     "--env-id pixel_envs:Colours-v0 --norm-obs": "--norm-obs: images are divided by 255",
     "--env-id ALE/Nope-v5": "Nope",

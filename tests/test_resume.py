@@ -478,6 +478,16 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     assert steps == [512, 1536]
 
 
+@pytest.mark.parametrize("name", [{"exp_name": "x" * 300}, {"run_dir": "runs/" + "x" * 300}])
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(capsys, name):
+    Path("runs").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        train(Args(env_id="Pendulum-v1", total_timesteps=64, **SHORT | name))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: --run-dir runs")
+    assert "File name too long" in line and not list(Path("runs").iterdir())
+
+
 def test_best_pt_outlives_a_resumption_that_is_not_exact(monkeypatch):
     """Of what was evaluated after the checkpoint only the best is known."""
     means = iter([5.0, math.nan, 3.0, 4.0, 6.0, 1.0])
