@@ -93,7 +93,7 @@ def _shows(path: Path) -> str | None:
 
 def _axes(count: int) -> tuple:
     """Return a figure and `count` axes, at most four side by side."""
-    columns = min(4, count)
+    columns = count if count < 5 else min((4, 3), key=lambda x: -count % x)  # few empty places
     rows = -(-count // columns)
     options = {"figsize": (2.4 * columns + 0.2, 2.0 * rows + 0.5), "layout": "constrained"}
     _pyplot().rcParams |= {"font.size": 8}  # as in a paper, two panels to a column

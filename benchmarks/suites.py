@@ -13,6 +13,7 @@ class Suite(NamedTuple):
 
 MUJOCO = ("HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
 MORE_MUJOCO = ("InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Humanoid-v5", "Pusher-v5")
+MORE_MUJOCO += ("Ant-v5", "Reacher-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0")
 ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/BeamRider-v5")
 # with its replay in the checkpoint, of 7 GB, DQN goes on exactly
