@@ -76,6 +76,13 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     a, b, c = means = [result.last().mean() for result in found]
     said = f"returns {a:.0f}, {b:.0f} and {c:.0f} on Humanoid-v4, {np.mean(means):.0f} in the mean"
     assert f"{said} (seeds 1 to 3," in readme
+    ours, theirs = (
+        found[0].last().mean()
+        for name in ("ant_v4", "ant_v4_cleanrl")
+        for found in results.read_folder(results.FOLDER / name).values()
+    )
+    said = f"{ours:,.0f}, and CleanRL's own, with these packages, {theirs:,.0f} (seed 1, `"
+    assert said in readme
     with_bf16, without = (
         [result.last().mean() for result in results.read_folder(path)["HalfCheetah-v5"]]
         for path in (results.FOLDER / "sac_halfcheetah_bf16", results.FOLDER / "sac_continuous")
