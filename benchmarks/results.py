@@ -1,4 +1,4 @@
-"""Results: from TensorBoard's events to small CSV files, and from those to the README's tables."""
+"""Results: from TensorBoard's events to small CSV files, and from those to the READMEs' tables."""
 
 import csv
 import json
@@ -312,7 +312,7 @@ def _name(env_id: str) -> str:
 
 
 def table(suite: Positional[str] = "ppo_continuous") -> None:
-    """Print the README's table of a suite's committed results, and the command behind each row.
+    """Print the table of a suite's committed results, and the command behind each row.
 
     Args:
         suite: a folder under results/.

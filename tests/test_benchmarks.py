@@ -1,4 +1,4 @@
-"""The README's numbers come from the committed results, those from runs, and the runner completes."""
+"""The READMEs' numbers come from the committed results, those from runs, and the runner completes."""
 
 import csv
 import dataclasses
@@ -30,6 +30,7 @@ from benchmarks import memory, plots, random_returns, results, run, speed, suite
 from common import arguments
 from common.checkpoint import load_checkpoint
 
+README, DETAILS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 MORE = "pong_1m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
 MORE += ["dqn_breakout_2m", "sac_halfcheetah_bf16"]
 COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
@@ -54,13 +55,31 @@ run.run("tiny", workers=2)
 
 @pytest.mark.parametrize("suite", COMMITTED)
 def test_the_readmes_tables_and_commands_are_those_that_the_results_give(suite):
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(results.rows(suite)) in readme
-    assert "\n".join(results.commands(suite)) in readme
+    tables = README if suite in suites.SUITES else DETAILS
+    assert "\n".join(results.rows(suite)) in tables.read_text()
+    assert "\n".join(results.commands(suite)) in DETAILS.read_text()
+
+
+def test_the_readmes_table_of_atari_is_what_the_results_give():
+    told, script = [], ""
+    for line in README.read_text().split("| script | game |")[1].split("\n\n")[0].splitlines()[2:]:
+        new_script, *columns = (x.strip(" `") for x in line.strip("|").split("|"))
+        script = new_script or script
+        told.append((script, *columns))
+    found = []
+    for name in MORE:
+        for env_id, (result,) in results.read_folder(results.FOLDER / name).items():
+            words = result.config["command"].removeprefix("python ")
+            neither = r" --(env-id|total-timesteps|num-threads|seed) \S+| --checkpoint-replay"
+            row = re.sub(neither, "", words), env_id, f"{result.total:,}"
+            mean = result.last().mean()
+            row += (format(mean, ",.0f" if abs(mean) >= 100 else ",.1f"),)
+            found += [row] * env_id.startswith("ALE/")
+    assert sorted(told) == sorted(found)
 
 
 def test_the_readmes_other_figures_are_those_of_the_committed_files():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((README.read_text() + DETAILS.read_text()).split())
     for name, words in (
         ("tutorial_50k", "After 50,000 steps, seeds 1 to 10:"),
         ("tutorial_50k_bf16", "with `--bf16`"),
@@ -88,7 +107,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         for path in (results.FOLDER / "sac_halfcheetah_bf16", results.FOLDER / "sac_continuous")
     )
     assert min(without) < with_bf16[0] < max(without) and len(without) == 3
-    assert "and SAC's one lies among the three without it" in readme
+    assert "SAC's one seed with it lies among the three without:" in readme
     pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
     late = pong.returns[pong.steps > 1_750_000].mean()
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
@@ -140,7 +159,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_files():
-    table = (ROOT / "README.md").read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
+    table = DETAILS.read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
     told, measured, script, work = [], [], "", ""
     for line in table.splitlines()[1:]:
         new_script, new_work, machine, *columns = (
@@ -171,7 +190,9 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
 
 
 def test_the_readmes_summary_of_speeds_is_that_of_its_table():
-    summary, table = (ROOT / "README.md").read_text().split("## Speed\n")[1].split("| script |")[1:]
+    summary, table = (
+        path.read_text().split("## Speed\n")[1].split("| script |")[1] for path in (README, DETAILS)
+    )
     ratios, script, work = {}, "", ""
     for line in table.split("\n\n")[0].splitlines()[2:]:
         new_script, new_work, *_, ratio = (x.strip(" `") for x in line.strip("|").split("|"))
@@ -200,13 +221,13 @@ def test_the_readmes_start_up_is_that_of_the_committed_files():
         for found in content["measurements"]
         for seconds in found[f"{content['script']}.py"]["startup_seconds"]
     ]
-    said = re.search(r"Start-up took from (\d+) s, .* to (\d+) s", (ROOT / "README.md").read_text())
+    said = re.search(r"Start-up took from (\d+) s, .* to (\d+) s", README.read_text())
     assert [int(x) for x in said.groups()] == [round(min(startups)), round(max(startups))]
 
 
 def test_the_readmes_growth_with_environments_is_that_of_the_committed_file():
     content = json.loads((results.FOLDER / "growth_ppo_continuous_slower_amd.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    readme = DETAILS.read_text()
     assert "\n\n" + "\n".join(speed.rows(content)) + "\n\n" in readme
     assert f"`{content['command'].removesuffix(' --repeats 3')}`" in readme  # 3 by default
     for found in content["measurements"]:
@@ -220,12 +241,26 @@ def test_the_readmes_growth_with_environments_is_that_of_the_committed_file():
 def test_the_readmes_pictures_are_drawn_from_the_committed_files():
     image = pytest.importorskip("PIL.Image")
     pictures = set(results.FOLDER.glob("*.png"))
-    shown = re.findall(r"\]\((benchmarks/results/\w+\.png)\)", (ROOT / "README.md").read_text())
-    assert shown and {ROOT / path for path in shown} <= pictures
+    for readme in (README, DETAILS):
+        shown = re.findall(r"!\[.*\]\((.*)\)", readme.read_text())
+        assert shown and {readme.parent / path for path in shown} <= pictures
     for path in pictures:
         suite = re.sub(r"(_time|_aggregate)?\.png$", "", path.name)
         drawn_from = image.open(path).text.get("Description")
         assert drawn_from == plots.digest(results.read_folder(results.FOLDER / suite)), path
+
+
+@pytest.mark.parametrize("readme", (README, DETAILS), ids=("project", "benchmarks"))
+def test_the_readmes_links_lead_somewhere(readme):
+    links = re.findall(r"\]\(([^()\s]+)\)", " ".join(readme.read_text().split()))
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = readme.parent / name if name else readme
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text() if anchor else "", re.M)
+        slugs = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings]
+        assert not anchor or anchor in slugs, link
 
 
 def test_committed_results_say_how_they_were_made():
@@ -413,7 +448,7 @@ def test_interval_covers_the_mean_as_often_as_the_readme_says(seeds, share):
     samples = rng.normal(3.0, 1.0, (400, seeds))
     hits = sum(low <= 3.0 <= high for low, high in map(results.interval, samples))
     assert abs(hits / 400 - share) < 0.04
-    assert seeds == 50 or f"{100 * share:.0f}%" in (ROOT / "README.md").read_text()
+    assert seeds == 50 or f"{100 * share:.0f}%" in README.read_text()
 
 
 def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episodes=300):
@@ -1006,7 +1041,7 @@ def test_the_peer_has_a_scripts_settings(script, num_envs, monkeypatch):
 
 
 def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutorial(capsys):
-    readme = (ROOT / "README.md").read_text()
+    readme = DETAILS.read_text()
     command = re.search(r"python ppo_continuous.py --env-id InvertedDouble[^`]*", readme)[0]
     assert set(speed.TUTORIAL.split()) <= set(command.split())
     args = tyro.cli(ppo.Args, args=speed.TUTORIAL.split())
