@@ -468,9 +468,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
-            run.require_finite("a weight", critic)
-            run.episodes(environments.finished_episodes())
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
+            run.require_finite("a weight or loss", critic, *means.values())
+            run.episodes(environments.finished_episodes())
             run.scalars(means | {"charts/epsilon": epsilon}, global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)

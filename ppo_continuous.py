@@ -357,12 +357,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     advantages, targets = estimate(agent, rollout, values, args)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
-                for indices in order.split(size)[: batch_size // size]:  # drops the remainder
+                for indices in order.split(size)[: batch_size // size]:  # detail 6; drops the rest
                     metrics.append(update(parameters, batch, indices, lr))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
-            run.require_finite("a weight", parameters)
             losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
+            run.require_finite("a weight or loss", parameters, losses["loss"])
             losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 

@@ -368,9 +368,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
-            run.require_finite("a weight", critic, actor, log_alpha)
-            run.episodes(environments.finished_episodes())
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
+            run.require_finite("a weight or loss", critic, actor, log_alpha, *means.values())
+            run.episodes(environments.finished_episodes())
             run.scalars(means, global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)

@@ -297,7 +297,13 @@ class Run:
         """Evaluate, log, and save the agent to best.pt if it is the best so far."""
         learning = [module for module in agent.modules() if module.training]
         agent.eval()
-        returns, lengths = envs.play(agent.act, self.args, self.dir)
+
+        def act(obs: np.ndarray) -> np.ndarray:
+            if self.signal and self.saved == self.last_step:  # it is played again when resumed
+                self._leave()
+            return agent.act(obs)
+
+        returns, lengths = envs.play(act, self.args, self.dir)
         for module in learning:
             module.training = True
         mean = float(np.mean(returns))

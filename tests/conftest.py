@@ -138,14 +138,18 @@ def run(request):
 
 
 def kill_after_checkpoint(run, script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:
-    """Start a run and kill it at a random moment after its next checkpoint, unless it has ended."""
-    stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    """Start a run and kill it at a random moment once it has learned and saved, unless it has ended."""
+
+    def saved() -> int:
+        return load_checkpoint(checkpoint)["global_step"] if checkpoint.exists() else 0
+
+    before = saved()
 
     def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            while not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > stamp):
+            while saved() <= before:
                 os.kill(pid, 0)  # raises once it has ended
-                time.sleep(0.005)
+                time.sleep(0.02)
             time.sleep(random.uniform(0, 0.3))
             os.kill(pid, signal.SIGKILL)
 
@@ -209,7 +213,7 @@ def assert_killed_ends_as_whole(script: str, options: dict, cwd: Path, run):
     checkpoint, kills = cwd / "killed" / "checkpoint.pt", 0
     while kills < most and kill_after_checkpoint(run, script, words, checkpoint, cwd):
         kills, words = kills + 1, ["--resume", "killed"]
-    assert kills > 0
+    assert kills > 0 and 0 < load_checkpoint(checkpoint)["global_step"] < options["total_timesteps"]
     run(script, "--resume", "killed", cwd=cwd)
     whole = load_checkpoint(cwd / "whole" / "checkpoint.pt")
     assert whole["global_step"] == options["total_timesteps"]

@@ -367,6 +367,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys, mon
         (b"", "empty"),
         (whole[: len(whole) // 2], "damaged"),
         (b"GIF89a" * 99, "damaged"),
+        (whole.replace(bytes(4000), b"?" + bytes(3999)), "damaged"),  # one weight
     ):
         path.write_bytes(content)
         refused(why)

@@ -933,7 +933,15 @@ def test_loss_gone_wrong_stops_the_run(capsys, prioritized):
     with pytest.raises(SystemExit) as stopped:
         dqn.train(dqn.Args(**options, total_timesteps=400))
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 1 and "a weight became NaN" in line
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in line
+
+
+def test_infinite_loss_stops_the_run(capsys, monkeypatch):
+    """Weights stay finite, but Adam's averages do not: nothing would be learned any more."""
+    monkeypatch.setattr(envs, "_number", lambda reward: 1e25 * float(reward))
+    with pytest.raises(SystemExit) as stopped:
+        dqn.train(dqn.Args(**SHORT, clip_reward=False, total_timesteps=400))
+    assert stopped.value.code == 1 and "or loss became NaN or inf" in capsys.readouterr().err
 
 
 def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():

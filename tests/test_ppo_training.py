@@ -358,8 +358,17 @@ def test_nan_loss_stops_the_run(ppo, capsys):
     options = SHORT | {"learning_rate": 1e30}
     with pytest.raises(SystemExit) as stopped:
         ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **options))
-    assert stopped.value.code == 1 and "a weight became NaN" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
     assert all(x.isfinite().all() for x in ppo.load_agent("r").parameters())
+
+
+def test_infinite_loss_stops_the_run(ppo, capsys, monkeypatch):
+    """Weights stay finite, as the gradient is scaled down to nothing."""
+    monkeypatch.setattr(envs, "_number", lambda reward: 1e25 * float(reward))
+    options = SHORT | {"norm_reward": False, "clip_vloss": False}
+    with pytest.raises(SystemExit) as stopped:
+        ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, **options))
+    assert stopped.value.code == 1 and "or loss became NaN or inf" in capsys.readouterr().err
 
 
 def test_a_users_environment_trains_and_is_loaded_in_three_lines(tmp_path, ppo):

@@ -43,7 +43,7 @@ SHORT |= {"eval_episodes": 2, "compile": False}
         ("ppo_continuous.py", "Hopper-v5", 4, {"compile": True}),
         ("ppo_continuous.py", "HalfCheetah-v5", 1, {}),
         ("ppo_continuous.py", "Pendulum-v1", 4, {}),
-        ("ppo_continuous.py", "MountainCarContinuous-v0", 1, {}),
+        ("ppo_continuous.py", "MountainCarContinuous-v0", 1, {"compile": True}),
         ("ppo_continuous.py", "toy_envs:Opaque-v0", 4, {}),
         ("ppo_discrete.py", "CartPole-v1", 4, {"compile": True, "bf16": True}),
         ("ppo_discrete.py", "Acrobot-v1", 1, {}),
@@ -560,15 +560,17 @@ def test_a_run_that_dies_in_its_last_evaluation_has_but_to_evaluate(
     assert "--resume r/best.pt: takes the run's folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("during", [True, False])
-def test_ctrl_c_at_the_end_says_how_to_go_on(monkeypatch, capsys, during):
-    """In the evaluation, where it may end a simulator too, or in the last rollout."""
+@pytest.mark.parametrize("when", ["evaluation", "broken evaluation", "last rollout"])
+def test_ctrl_c_at_the_end_says_how_to_go_on(monkeypatch, capsys, when):
+    """The evaluation, in which it may end a simulator, too, is not waited for."""
 
-    to_come = [] if during else [signal.SIGINT]
+    to_come = [signal.SIGINT] if when == "last rollout" else []
 
-    def play(*_):
-        if during:
+    def play(*args, play=envs.play):
+        if when != "last rollout":
             signal.raise_signal(signal.SIGINT)
+        if when == "evaluation":
+            return play(*args)
         raise BrokenPipeError
 
     def step(self, action, step=envs.Environments.step):

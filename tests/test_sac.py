@@ -751,8 +751,16 @@ def test_nan_loss_stops_the_run(capsys):
     options = SHORT | {"q_lr": 1e30, "total_timesteps": 300}
     with pytest.raises(SystemExit) as stopped:
         sac.train(sac.Args(env_id="toy_envs:Counter-truncated-v0", **options))
-    assert stopped.value.code == 1 and "a weight became NaN" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
     assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
+
+
+def test_infinite_loss_stops_the_run(capsys, monkeypatch):
+    """Weights stay finite, but Adam's averages do not: nothing would be learned any more."""
+    monkeypatch.setattr(envs, "_number", lambda reward: 1e25 * float(reward))
+    with pytest.raises(SystemExit) as stopped:
+        sac.train(sac.Args(env_id="toy_envs:Counter-truncated-v0", total_timesteps=300, **SHORT))
+    assert stopped.value.code == 1 and "or loss became NaN or inf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
