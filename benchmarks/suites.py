@@ -13,15 +13,16 @@ class Suite(NamedTuple):
 
 MUJOCO = ("HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
 MORE_MUJOCO = ("InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Humanoid-v5", "Pusher-v5")
-MORE_MUJOCO += ("Ant-v5", "Reacher-v5")
+MORE_MUJOCO += ("Ant-v5", "Reacher-v5", "Swimmer-v5", "HumanoidStandup-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0")
+BOX2D = ("LunarLander-v3",)
 ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/BeamRider-v5")
 # with its replay in the checkpoint, of 7 GB, DQN goes on exactly
 EXACT = "--checkpoint-replay --checkpoint-every 1000000"
 
 SUITES = {
     "ppo_continuous": Suite(5, [("ppo_continuous", x, "") for x in MUJOCO + MORE_MUJOCO]),
-    "ppo_discrete": Suite(5, [("ppo_discrete", x, "") for x in CLASSIC]),
+    "ppo_discrete": Suite(5, [("ppo_discrete", x, "") for x in CLASSIC + BOX2D]),
     "ppo_atari": Suite(3, [("ppo_discrete", x, "") for x in ATARI]),
     "dqn_atari": Suite(3, [("dqn_atari", x, EXACT) for x in ATARI], gigabytes=9.0),
     "sac_continuous": Suite(3, [("sac_continuous", x, "") for x in MUJOCO]),

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -47,6 +48,7 @@ MUJOCO = [
     "Walker2d-v5",
 ]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
+NEEDS_BOX2D = pytest.mark.skipif(not find_spec("Box2D"), reason="needs Box2D")
 
 
 def make(env_id: str, num_envs: int = 2, seed: int = 1, vectorization: str = "sync"):
@@ -68,6 +70,7 @@ def play(environments, actions: list[np.ndarray]) -> list[list[np.ndarray]]:
     "env_id, vectorization",
     [
         *((env_id, "sync") for env_id in [*MUJOCO, *CLASSIC]),
+        pytest.param("LunarLander-v3", "sync", marks=NEEDS_BOX2D),
         ("toy_envs:Shaped-v0", "sync"),
         ("toy_envs:Buttons-v0", "sync"),
         ("toy_envs:Opaque-v0", "sync"),
