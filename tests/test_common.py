@@ -660,6 +660,18 @@ def test_a_renderer_that_fails_is_noticed_before_the_training(monkeypatch, capsy
     assert line.startswith("error: toy_envs:Counter-truncated-v0 cannot be drawn here: ")
 
 
+def test_mujoco_that_cannot_be_drawn_says_which_package_would_do_it(monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(envs, "prepare_video", lambda: None)
+    broken = mock.Mock(side_effect=OSError("EGL"))
+    monkeypatch.setattr("gymnasium.envs.mujoco.MujocoEnv.render", broken)
+    args = ppo_continuous.Args(env_id="Hopper-v5", capture_video=True)
+    with pytest.raises(SystemExit):
+        envs.check_spaces(args, gym.spaces.Box, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: Hopper-v5 cannot be drawn here (apt install libosmesa6): EGL"
+
+
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, assert_same, command, flags, run_script, scalars
 
 import ppo_continuous
@@ -429,19 +430,24 @@ def test_every_option_trains(monkeypatch, ppo, options):
         first, second = seen[0][0], seen[1][0]  # new advantages and values, same log-probabilities
         same = [torch.equal(x, y) for x, y in zip(first[:6], second[:6])]
         assert same == [True, True, True, False, False, False]
+        for (*_, values, targets, indices, _), metrics in seen:  # values by the weights of then
+            error = F.huber_loss(values[indices], targets[indices]).item()
+            assert metrics["value_loss"] == pytest.approx(error, rel=1e-4)
 
 
 def test_the_run_folder_holds_what_it_should(tmp_path, ppo):
     options = SHORT | {"num_envs": 2}
     del options["run_dir"]
     arguments = flags(env_id=simple(ppo), total_timesteps=640, **options)
-    run_script(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path)
+    said = run_script(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path).stdout
+    assert "640 steps, seed 1, cpu (no CUDA here), 1 thread(s), eager" in said
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"{simple(ppo)}__{ppo.SCRIPT}__1__")
     names = {path.name.split(".")[0] for path in folder.iterdir() if path.name != ".lock"}
     assert names == {"best", "checkpoint", "config", "events"}
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["num_envs"] == 2 and config["num_threads"] == 1
+    assert config["float32_matmul_precision"] == "highest"
     assert config["versions"]["mujoco"] and config["versions"]["ale-py"]
     assert "--num-envs 2" in config["command"] and config["script"] == ppo.SCRIPT
     tags = scalars(folder)
