@@ -91,6 +91,7 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
 FORK = """
 import json, os, runpy, sys
 import common.arguments, common.tensors, gymnasium.envs.mujoco.mujoco_env, torch._inductor
+print("ready", flush=True)
 for line in sys.stdin:
     script, words, cwd, path = json.loads(line)
     if not (child := os.fork()):
@@ -133,6 +134,7 @@ def run(request):
             assert not check or code == 0, out + err
             return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
+        assert process.stdout.readline() == "ready\n"  # tests may time their runs
         yield call
         process.stdin.close()
 
