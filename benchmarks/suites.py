@@ -15,7 +15,7 @@ MUJOCO = ("HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
 MORE_MUJOCO = ("InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Humanoid-v5", "Pusher-v5")
 MORE_MUJOCO += ("Ant-v5", "Reacher-v5", "Swimmer-v5", "HumanoidStandup-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0")
-# LunarLander with the settings of RL Baselines3 Zoo
+# LunarLander's settings in RL Baselines3 Zoo (where the value loss weighs twice as much)
 LANDER = "--total-timesteps 1000000 --num-envs 16 --num-steps 1024 --gamma 0.999 --gae-lambda 0.98 "
 LANDER += "--num-minibatches 256 --learning-rate 3e-4 --no-anneal-lr --no-clip-vloss"
 ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/BeamRider-v5")

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -286,20 +287,20 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
-    for i in range(args.eval_episodes):
-        stream = args.seed, "eval", first + i
-        env.action_space.seed(stream_seed(*stream, 0))
-        seed_process(stream_seed(*stream))
-        obs, _ = env.reset(seed=stream_seed(*stream))
-        rng = np.random.default_rng(stream_seed(*stream, 1))
-        terminated = truncated = False
-        while not (terminated or truncated or lengths[i] == 108_000):
-            action = env.action_space.sample() if rng.random() < epsilon else act(obs)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += _number(reward)
-            lengths[i] += 1
-            if filming and lengths[i] == 3000 and env.recording:  # into memory
-                env.stop_recording()
-    env.close()
+    with closing(env):
+        for i in range(args.eval_episodes):
+            stream = args.seed, "eval", first + i
+            env.action_space.seed(stream_seed(*stream, 0))
+            seed_process(stream_seed(*stream))
+            obs, _ = env.reset(seed=stream_seed(*stream))
+            rng = np.random.default_rng(stream_seed(*stream, 1))
+            terminated = truncated = False
+            while not (terminated or truncated or lengths[i] == 108_000):
+                action = env.action_space.sample() if rng.random() < epsilon else act(obs)
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns[i] += _number(reward)
+                lengths[i] += 1
+                if filming and lengths[i] == 3000 and env.recording:  # into memory
+                    env.stop_recording()
     torch.set_float32_matmul_precision(precision)
     return returns, lengths

@@ -147,7 +147,7 @@ def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path
 @each_case
 def test_killed_and_resumed_on_cuda_ends_as_if_never_stopped(run, tmp_path, script, options):
     options = options | {"device": "cuda", "eval_episodes": 2, "seed": 3, "eval_every": 640}
-    options |= {"total_timesteps": 1280, "checkpoint_every": 128}
+    options |= {"total_timesteps": 2560, "checkpoint_every": 128}
     assert_killed_ends_as_whole(f"{script.SCRIPT}.py", options, tmp_path, run)
     assert load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["device"] == "cuda"
 

@@ -637,7 +637,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"buffer_size": 500, "seed": 3} | options
     options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1200}
-    options |= {"env_id": "Pendulum-v1"}
+    options |= {"env_id": "Pendulum-v1", "learning_starts": 50}
     assert_killed_ends_as_whole("sac_continuous.py", options, tmp_path, run)
 
 
