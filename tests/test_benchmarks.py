@@ -164,6 +164,17 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         else:
             assert f"has there {deviation} (`baselines" in readme
             assert f"five seeds, from {min(seeds):.1f} to {max(seeds):.1f})" in readme
+    found = results.read_folder(results.FOLDER / "ppo_discrete")["LunarLander-v3"]
+    *others, last = (f"{result.config['evaluation']['return']:.0f}" for result in found)
+    assert f"over ten episodes each, ours return {', '.join(others)} and {last};" in readme
+    hover = [np.mean(result.lengths[-100:] == 1000) > 0.5 for result in found]
+    assert hover == [False, True, False, True, True] and "seeds 2, 4 and 5 hover" in readme
+    words = re.search(r"ppo_discrete.py (--env-id LunarLander[^`]*)", readme)[1].replace("\\ ", "")
+    args = tyro.cli(ppo_discrete.Args, args=words.split())
+    run_ = {name: value for name, value in found[0].config["args"].items() if name != "run_dir"}
+    assert {name: json.loads(json.dumps(getattr(args, name))) for name in run_} == run_ | {
+        "num_threads": 0
+    }
     solved, evaluated, later, least = [], [], [], []
     for seed in range(1, 6):
         run_ = results.read_csv(results.FOLDER / "ppo_discrete" / "CartPole-v1" / f"{seed}.csv")
