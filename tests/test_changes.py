@@ -100,20 +100,18 @@ def test_an_edited_network_acts_and_learns_alike(case, network, edited, monkeypa
 @each_script
 def test_agents_are_evaluated_as_such(script, options, monkeypatch):
     """Dropout, say, is then off; afterwards all is as before."""
-    modes, play = [], runs.envs.play
-
-    def spy(act, *rest):
-        modes.append([module.training for module in act.__self__.modules()])
-        agents.add(act.__self__)
-        return play(act, *rest)
+    modes, agents = [], set()
 
     class Agent(script.Agent):
         def __init__(self, *args):
             super().__init__(*args)
             self.frozen = nn.Dropout().eval()
 
-    agents: set[nn.Module] = set()
-    monkeypatch.setattr(runs.envs, "play", spy)
+        def act(self, obs):
+            modes.append([module.training for module in self.modules()])
+            agents.add(self)
+            return super().act(obs)
+
     monkeypatch.setattr(script, "Agent", Agent)
     options = options | {"compile": False, "total_timesteps": 128, "eval_episodes": 1}
     script.train(script.Args(**options, eval_every=64, run_dir="r"))
