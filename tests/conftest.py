@@ -139,17 +139,22 @@ def run(request):
         process.stdin.close()
 
 
-def kill_after_checkpoint(run, script: str, words: list[str], checkpoint: Path, cwd: Path) -> bool:
-    """Start a run and kill it at a random moment once it has learned and saved, unless it has ended."""
+def kill_after_checkpoint(
+    run, script: str, words: list[str], checkpoint: Path, cwd: Path, least: int = 1
+) -> bool:
+    """Start a run and kill it at a random moment after its next checkpoint, unless it has ended.
+
+    The checkpoint is of step `least` or a later one; that of step 0 is from before all learning.
+    """
 
     def saved() -> int:
-        return load_checkpoint(checkpoint)["global_step"] if checkpoint.exists() else 0
+        return load_checkpoint(checkpoint)["global_step"] if checkpoint.exists() else -1
 
-    before = saved()
+    enough = max(least, saved() + 1)
 
     def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            while saved() <= before:
+            while saved() < enough:
                 os.kill(pid, 0)  # raises once it has ended
                 time.sleep(0.02)
             time.sleep(random.uniform(0, 0.1))
@@ -207,13 +212,13 @@ def assert_same_runs(a, b, *also: str) -> None:
 def assert_killed_ends_as_whole(script: str, options: dict, cwd: Path, run):
     """Kill a run at random moments, resume it, and compare with one that was never stopped.
 
-    Up to twice, or once where every process has to compile.
+    Up to twice, at first maybe before it learns; or once, later, where processes have to compile.
     """
-    most = 1 if options.get("compile", True) else 2
+    most, least = (1, 1) if options.get("compile", True) else (2, 0)
     run(script, *flags(**options | {"run_dir": "whole"}), cwd=cwd)
     words = flags(**options | {"run_dir": "killed"})
     checkpoint, kills = cwd / "killed" / "checkpoint.pt", 0
-    while kills < most and kill_after_checkpoint(run, script, words, checkpoint, cwd):
+    while kills < most and kill_after_checkpoint(run, script, words, checkpoint, cwd, least):
         kills, words = kills + 1, ["--resume", "killed"]
         assert kills > 1 or load_checkpoint(checkpoint)["global_step"] < options["total_timesteps"]
     assert kills > 0
