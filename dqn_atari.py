@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save the replay buffer, as large as in memory, in checkpoints; else resuming is not exact"""
+    """save the replay, as large as in memory, in checkpoints; else resuming must first fill it"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
@@ -305,7 +305,7 @@ class Replay:
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Observations, actions, n-step rewards, discounts and last observations of transitions.
 
-        Rewards are summed until an episode ends; after a termination the discount is 0.
+        Rewards are summed until an episode ends; a termination's discount is 0, its last obs void.
         """
         row, env = indices // self.args.num_envs, indices % self.args.num_envs
         steps = torch.arange(self.args.n_step, device=row.device)

@@ -8,8 +8,8 @@ arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementati
     python ppo_continuous.py
     python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
 
-What to look at: charts/episodic_return rises, losses/approx_kl stays below 0.02, losses/clipfrac
-between 0.05 and 0.3, losses/explained_variance nears 1.
+What to look at: charts/episodic_return rises, losses/explained_variance nears 1; in most tasks
+losses/approx_kl stays below 0.02 and losses/clipfrac below 0.3.
 """
 
 import math
@@ -350,10 +350,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
             policy, values = tensors.functional(agent, args.bf16)(parameters, obs)  # as in `update`
             old_log_prob, _ = log_prob_and_entropy(policy, actions)
+            advantages, targets = estimate(agent, rollout, values, args)
+            losses = {"explained_variance": 1 - ((targets - values).var() / targets.var()).item()}
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
                     values = agent.value(obs)
-                if epoch == 0 or args.recompute_advantages:
                     advantages, targets = estimate(agent, rollout, values, args)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
@@ -361,9 +362,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.append(update(parameters, batch, indices, lr))
                 if args.target_kl and metrics[-1][METRICS.index("approx_kl")] > args.target_kl:
                     break
-            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
+            losses |= dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
             run.require_finite("a weight or loss", parameters, losses["loss"])
-            losses["explained_variance"] = 1 - ((targets - values).var() / targets.var()).item()
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 
             # only now update the statistics with the rollout

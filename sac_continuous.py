@@ -95,7 +95,7 @@ class Args:
     learning_starts: int = 5000
     """environment steps before learning begins"""
     checkpoint_replay: bool = True
-    """save the replay buffer, as large as in memory, in checkpoints; else resuming is not exact"""
+    """save the replay, as large as in memory, in checkpoints; else resuming must first fill it"""
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
@@ -169,7 +169,7 @@ class Agent(nn.Module):
     def env_action(self, action: torch.Tensor) -> torch.Tensor:
         """Bring actions [B, A] in [-1, 1] into the environment's bounds and shape."""
         action = self.low + (self.high - self.low) * (action.view(-1, *self.low.shape) + 1) / 2
-        return action.clamp(self.low, self.high)
+        return action.fmax(self.low).fmin(self.high)  # NaN, reported later, becomes `low`
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from common.seeding import stream_seed
 
 PROTOCOL = """Atari protocol: 4 frames a step, maximum of the last two, 84x84 grey, stack of 4; up
 to 30 frames of FIRE and no-ops at the start, at most 108,000 a game; a lost life ends the agent's
-episode, not the game, and the step after it presses FIRE, whatever the action; returns are scores
-of whole games"""
+episode, not the game, and the step after it (with sticky actions also a game's first) presses FIRE,
+whatever the action; returns are scores of whole games"""
 
 
 def find_game(env_id: str) -> str | None:
@@ -62,7 +62,8 @@ class AtariGames(VectorWrapper):
         for k in range((self.episode - first)[which].max()):
             behind = which & (self.episode - first > k)
             obs, infos = self.games.reset(options={"reset_mask": behind})
-        self.frames, self.waiting[which] = infos["episode_frame_number"], False
+        self.frames = infos["episode_frame_number"]
+        self.waiting[which] = self.games_per_seed == 1  # a sticky game may have missed ale-py's
         self.actions = [[] if new else played for new, played in zip(which, self.actions)]
         return obs
 

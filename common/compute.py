@@ -13,6 +13,7 @@ from types import FunctionType
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ OPERATIONS = {
     "clamp": "np.minimum(np.maximum({0}, {1}), {2})",
     "div": "{0} / {1}",
     "exp": "np.exp({0})",
+    "fmax": "np.fmax({0}, {1})",
+    "fmin": "np.fmin({0}, {1})",
     "mul": "{0} * {1}",
     "relu": "np.maximum({0}, 0)",
     "select": "{0}.take({2}, {1})",
@@ -66,6 +69,10 @@ def setup_torch(args, faster: str) -> torch.device:
     # PyTorch's threads begin, which inherit it
     torch.set_flush_denormal(True)
     torch.set_num_threads(args.num_threads)
+    home = os.path.dirname(os.path.realpath(np.__file__))
+    for library in ThreadpoolController().lib_controllers:
+        if library.filepath.startswith(home):  # NumPy's. Acting is for one thread: several would
+            library.set_num_threads(1)  # wait where cores are busy, and round otherwise
     deterministic = device.type == "cuda" and args.torch_deterministic
     if deterministic != torch.are_deterministic_algorithms_enabled():  # an earlier run may differ
         torch.use_deterministic_algorithms(deterministic)

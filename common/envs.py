@@ -239,7 +239,9 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
             fail("--norm-obs: images are divided by 255 instead")
         if obs_space.dtype != np.uint8 or min(obs_space.shape[1:]) < 36:
             what = "images must be of bytes, [C, H, W], at least 36 pixels each way"
-            fail(f"{args.env_id}: {what}; wrap anything else in FlattenObservation")
+            given = f"{obs_space.dtype} {list(obs_space.shape)}"
+            advice = "move channels to the front, or wrap it in FlattenObservation"
+            fail(f"{args.env_id}: {what}, not {given}; {advice}")
     obs = np.asarray(env.reset(seed=0)[0])
     env.close()
     if obs.shape != obs_space.shape or not np.can_cast(obs.dtype, obs_space.dtype, "same_kind"):

@@ -330,6 +330,22 @@ def test_training_tells_the_three_ends_apart(monkeypatch):
     assert min(seen.values()) > 0 and max(logged)[0] > 50
 
 
+def test_sticky_games_do_not_begin_without_fire():
+    """A quarter of them would miss the one that ale-py presses, and evaluations stand still."""
+    games, *_ = begin(8, sticky_actions=0.25)
+    lost = [step[2] for step in play(games, [np.full(8, NOOP)] * 60)]
+    assert np.any(lost, axis=0).all()  # there was a ball
+
+
+def test_sticky_games_are_found_again_exactly():
+    games, *_ = begin(2, sticky_actions=0.25)
+    actions = random_actions(games, 260)
+    assert np.any([step[4] for step in play(games, actions[:200])])
+    again, *_ = begin(2, sticky_actions=0.25)
+    again.set_attr("history", games.get_attr("history"))
+    assert_same(play(again, actions[200:]), play(games, actions[200:]))
+
+
 def test_games_are_found_again_exactly(tmp_path):
     """Games of different ages, one of them just begun, one that waits for FIRE; across their ends."""
     args = ppo.Args(env_id="ALE/Breakout-v5", num_envs=2)

@@ -701,6 +701,29 @@ def test_every_thread_takes_what_is_below_float32_as_zero():
     assert done.stdout == "0\n", done.stderr
 
 
+# a product as acting makes it, for 32 environments
+PRODUCT = """
+import numpy as np
+import sac_continuous
+from common import compute
+
+compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
+rng = np.random.default_rng(0)
+obs, weight = (rng.normal(size=(rows, 256)).astype(np.float32) for rows in (32, 256))
+print((obs @ weight.T).tobytes().hex())
+"""
+
+
+def test_acting_rounds_the_same_however_many_threads_numpy_would_take():
+    printed = set()
+    for threads in ("1", "2"):
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": threads}
+        words = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        done = subprocess.run([sys.executable, "-c", PRODUCT], env=environment, **words)
+        printed.add(done.stdout)
+    assert len(printed) == 1
+
+
 @pytest.mark.parametrize(
     "flags, depends",
     [

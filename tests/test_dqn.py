@@ -587,7 +587,7 @@ class Record:
         self.log, self.targets, self.betas, self.acted = [], [], [], []
         self.drawn, self.learned = [], []
         self.power_cut_at = None
-        send, sample = envs.Environments.send, dqn.Replay.sample
+        send, recv, sample = envs.Environments.send, envs.Environments.recv, dqn.Replay.sample
         reprioritize = dqn.Replay.reprioritize
 
         def make_update(agent, optimizer, args):
@@ -606,8 +606,14 @@ class Record:
             if len(self.acted) == self.power_cut_at:
                 raise RuntimeError("power cut")
             send(environments, action)
+            self.stepping = True
+
+        def received(environments):
+            self.stepping = False
+            return recv(environments)
 
         def sampled(replay, beta, rng):
+            assert self.stepping  # the environments, while the network learns
             self.betas.append(beta)
             self.drawn.append(sample(replay, beta, rng))
             return self.drawn[-1]
@@ -621,6 +627,7 @@ class Record:
         monkeypatch.setattr(dqn.Replay, "sample", sampled)
         monkeypatch.setattr(dqn.Replay, "reprioritize", learned)
         monkeypatch.setattr(envs.Environments, "send", sent)
+        monkeypatch.setattr(envs.Environments, "recv", received)
 
 
 @pytest.mark.parametrize(
@@ -699,7 +706,9 @@ def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monke
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_exploration_is_uniform_and_the_rest_greedy(monkeypatch, epsilon):
-    record = Record(monkeypatch)
+    record, forward = Record(monkeypatch), dqn.QNetwork.forward
+    # as large as without --clip-reward
+    monkeypatch.setattr(dqn.QNetwork, "forward", lambda self, obs: 1e4 * forward(self, obs))
     options = SHORT | {"start_e": epsilon, "end_e": epsilon, "total_timesteps": 4000}
     run_dir = dqn.train(dqn.Args(**options | {"learning_starts": 4000}))
     obs, actions = (np.concatenate(x) for x in zip(*record.acted))
@@ -759,10 +768,12 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
         dqn.train(args)
     record.log.clear()
     record.power_cut_at = None
-    dqn.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
-    assert (
-        "replay not saved, so not exact: no learning before step 240\n" in capsys.readouterr().out
-    )
+    checkpoint = load_checkpoint(Path("r/checkpoint.pt"))
+    assert "replay" not in checkpoint
+    dqn.train(dataclasses.replace(args, resume="r"), checkpoint)
+    out = capsys.readouterr().out
+    assert "replay not saved, so not exact: no learning before step 240\n" in out
+    assert out.count("not saved") == 1  # and not when a run begins
     assert "".join(record.log) == "s" * 10 + "su" * 40
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 400
 
@@ -991,6 +1002,7 @@ def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():
         ({"buffer_size": 1}, "--buffer-size 1"),
         ({"buffer_size": 10**14}, f"--buffer-size {10**14}: "),
         ({"learning_starts": 3}, "--learning-starts 3"),
+        ({"total_timesteps": 3}, "--total-timesteps 3: must be at least 4, as --num-envs is"),
         ({"tau": 1.5}, "--tau"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm"),
     ],

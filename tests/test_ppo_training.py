@@ -346,6 +346,20 @@ def test_best_pt_is_evaluated_on_episodes_that_did_not_choose_it(ppo, monkeypatc
     assert played[0] == played[1] and played[0].isdisjoint(played[2])
 
 
+def test_stacked_frames_train_alike_compiled_and_eagerly():
+    runs_of = {}
+    for compiled in (True, False):
+        options = SHORT | {"compile": compiled, "run_dir": f"r{compiled}", "num_threads": 1}
+        options |= {"env_id": "pixel_envs:SmallCatch-v0", "num_envs": 2, "total_timesteps": 256}
+        args = ppo_discrete.Args(**options)
+        runs_of[compiled] = scalars(ppo_discrete.train(args))
+        assert args.compile is compiled  # no compiler would leave nothing to compare
+    compiled, eager = runs_of[True], runs_of[False]
+    assert compiled.keys() == eager.keys() and len(eager["losses/loss"]) == 2
+    for tag, values in eager.items():
+        np.testing.assert_allclose(compiled[tag], values, rtol=1e-3, atol=1e-5, err_msg=tag)
+
+
 def test_a_small_board_of_bytes_is_an_observation_like_any_other(ppo):
     if ppo is ppo_continuous:
         pytest.skip("its actions are continuous")
@@ -433,6 +447,19 @@ def test_every_option_trains(monkeypatch, ppo, options):
         for (*_, values, targets, indices, _), metrics in seen:  # values by the weights of then
             error = F.huber_loss(values[indices], targets[indices]).item()
             assert metrics["value_loss"] == pytest.approx(error, rel=1e-4)
+        logged = [value for _, value in scalars(Path("r"))["losses/explained_variance"]]
+        before = [1 - ((x[5] - x[4]).var() / x[5].var()).item() for x, _ in seen[::2]]
+        assert logged == pytest.approx(before, rel=1e-3, abs=1e-4)  # of the values before learning
+
+
+def test_without_normalised_advantages_a_minibatch_may_be_of_one(ppo):
+    options = {"num_envs": 1, "num_steps": 8, "norm_adv": False}
+    ppo.check_args(ppo.Args(env_id=simple(ppo), minibatch_size=1, **options))
+    ppo.check_args(ppo.Args(env_id=simple(ppo), num_minibatches=8, **options))
+
+
+def test_hidden_sizes_may_be_a_list(ppo):
+    ppo.check_args(ppo.Args(env_id=simple(ppo), hidden_sizes=[8, 8]))
 
 
 def test_the_run_folder_holds_what_it_should(tmp_path, ppo):

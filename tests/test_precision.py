@@ -113,15 +113,23 @@ def test_without_the_flag_a_graph_has_no_trace_of_it():
 
 
 @each_case
-def test_learns_from_nearly_the_same_losses_in_bfloat16(script, options):
+def test_learns_from_nearly_the_same_losses_in_bfloat16(script, options, monkeypatch):
     """Whole runs: the losses that are logged first, and weights that stay float32."""
-    logged, weights = {}, {}
+    logged, weights, asked = {}, {}, []
+
+    def spied(module, bf16):
+        asked.append(bf16)
+        return functional(module, bf16)
+
+    monkeypatch.setattr(script.tensors, "functional", spied)
     for bf16 in (False, True):
         args = {"bf16": bf16, "compile": False, "total_timesteps": 128, "eval_episodes": 1}
         args |= {"log_every": 2} if "log_every" in options else {}  # before any weight differs
         run_dir = script.train(script.Args(**options | args, run_dir=f"r{bf16}"))
         logged[bf16] = scalars(Path(run_dir))
         weights[bf16] = script.load_agent(run_dir).state_dict()
+    half = len(asked) // 2  # every network of the script in bfloat16, or none
+    assert half and asked == [False] * half + [True] * half
     tags = [tag for tag in logged[False] if tag.startswith("losses/")]
     assert logged[False].keys() == logged[True].keys() and tags
     for tag in tags:

@@ -326,10 +326,12 @@ def record(monkeypatch) -> tuple[list[str], list[float], list[np.ndarray]]:
     """Have train() learn nothing; return what it does in order (s: a step of all environments, c
     and a: updates), how far each c finds the target networks behind, and the actions.
     """
-    log, lags, actions, send = [], [], [], envs.Environments.send
+    log, lags, actions, stepping = [], [], [], []
+    send, recv = envs.Environments.send, envs.Environments.recv
 
     def make_updates(*_):
         def update_critic(critic, target, *_):
+            assert stepping[-1]  # the environments, while the networks learn
             if "c" not in log:
                 critic.fill_(1.0)
                 target.fill_(0.0)
@@ -347,9 +349,15 @@ def record(monkeypatch) -> tuple[list[str], list[float], list[np.ndarray]]:
         log.append("s")
         actions.append(action.copy())
         send(self, action)
+        stepping.append(True)
+
+    def received(self):
+        stepping.append(False)
+        return recv(self)
 
     monkeypatch.setattr(sac, "make_updates", make_updates)
     monkeypatch.setattr(envs.Environments, "send", sent)
+    monkeypatch.setattr(envs.Environments, "recv", received)
     return log, lags, actions
 
 
@@ -663,11 +671,13 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
             sac.train(args)
     log.clear()
     monkeypatch.setattr(sac.compute, "to_numpy", spied)
-    sac.train(dataclasses.replace(args, resume="r"), load_checkpoint(Path("r/checkpoint.pt")))
+    checkpoint = load_checkpoint(Path("r/checkpoint.pt"))
+    assert "replay" not in checkpoint
+    sac.train(dataclasses.replace(args, resume="r"), checkpoint)
     assert len(acted) == 200
-    assert (
-        "replay not saved, so not exact: no learning before step 200\n" in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "replay not saved, so not exact: no learning before step 200\n" in out
+    assert out.count("not saved") == 1  # and not when a run begins
     assert "".join(log) == "s" * 100 + "sc" * 100
 
 
@@ -747,10 +757,12 @@ def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoi
     assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
 
 
-def test_nan_loss_stops_the_run(capsys):
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "toy_envs:Shaped-v0"])
+def test_nan_loss_stops_the_run(env_id, capsys):
+    """No environment meets the actions: one would return NaN, the other refuse them."""
     options = SHORT | {"q_lr": 1e30, "total_timesteps": 300}
     with pytest.raises(SystemExit) as stopped:
-        sac.train(sac.Args(env_id="toy_envs:Counter-truncated-v0", **options))
+        sac.train(sac.Args(env_id=env_id, **options))
     assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
     assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
 
@@ -782,6 +794,7 @@ def test_infinite_loss_stops_the_run(capsys, monkeypatch):
         ({"batch_size": 0}, "--batch-size"),
         ({"learning_starts": -1}, "--learning-starts"),
         ({"learning_starts": 3, "num_envs": 4}, "--learning-starts 3: must be at least 4"),
+        ({"total_timesteps": 3, "num_envs": 4}, "--total-timesteps 3: must be at least 4"),
         ({"alpha": -1.0}, "--alpha"),
         ({"alpha": 0.0, "autotune": False}, "--alpha"),
         ({"alpha": 0.1}, "--alpha 0.1: must go with --no-autotune"),
