@@ -44,7 +44,7 @@ class Args:
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update; on the CPU, act in NumPy, but for a CNN; --no-compile: eager, to debug"""
+    """compile the update, and on the CPU act in NumPy (not with a CNN); --no-compile: to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -121,7 +121,7 @@ class Args:
     prioritized: bool = False
     """draw transitions in proportion to a power of their last TD error"""
     priority_alpha: float = 0.6
-    """that power of the error in --prioritized; with 0 all are drawn alike"""
+    """exponent of the TD error in --prioritized; with 0 all are drawn alike"""
     priority_beta: float = 0.4
     """exponent of the importance weights at the start; it grows to 1 over the run"""
     log_every: int = 1000
@@ -160,14 +160,14 @@ class QNetwork(nn.Module):
 
 
 class Agent(nn.Module):
-    """Q-network and target network; huge noise on the Q-values makes an action random."""
+    """Q-network `critic` and its `target`; huge noise on the Q-values makes an action random."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
         self.critic = QNetwork(obs_shape, gym.spaces.flatdim(action_space), args)
         self.target = copy.deepcopy(self.critic)
         self.args = args
-        self.register_buffer("obs_shape", torch.tensor(obs_shape))
+        self.register_buffer("obs_shape", torch.tensor(obs_shape))  # for load_agent
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
@@ -203,25 +203,25 @@ class SumTree:
 
     def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw leaves by float64 numbers [B] from 0 to 1; return indices and probabilities [B]."""
-        sums = self.sums.cumsum(0)
-        mass = (uniform * sums[-1]).long().clamp(max=sums[-1] - 1)
-        blocks = torch.searchsorted(sums, mass, right=True)
-        leaves, rest = self.leaves[blocks], mass - sums[blocks] + self.sums[blocks]
+        cumulative = self.sums.cumsum(0)
+        mass = (uniform * cumulative[-1]).long().clamp(max=cumulative[-1] - 1)
+        blocks = torch.searchsorted(cumulative, mass, right=True)
+        leaves, rest = self.leaves[blocks], mass - (cumulative[blocks] - self.sums[blocks])
         inner = torch.searchsorted(leaves.cumsum(1), rest[:, None], right=True)
         indices = blocks * len(self.sums) + inner.squeeze(1)
-        return indices, leaves.gather(1, inner).squeeze(1) / sums[-1].double()
+        return indices, leaves.gather(1, inner).squeeze(1) / cumulative[-1].double()
 
 
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    Numbers count all frames ever kept, slots are their places in `frames`. A transition has five:
-    the first four are its observation, the last four the next. Frame 0 is black: before an episode.
+    Numbers count all frames ever kept; slots are their places in `frames`. A transition has five
+    frames: the first four are its obs, the last four the next. Frame 0, black, precedes a game.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # a truncation keeps an extra frame: if over 2% of steps are such, old transitions go early
+        # 2%: every truncation keeps an extra frame (if more do, old rows go early); 8: two starts
         self.capacity = math.ceil(1.02 * args.buffer_size) + 8 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -237,7 +237,7 @@ class Replay:
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, 4, H, W]; episodes before them are cut off."""
-        self.ends[(self.num_rows - 1) % len(self.rewards), :, 1] = True
+        self.ends[(self.num_rows - 1) % len(self.rewards), :, 1] = True  # at first: an unused row
         self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
         self._drop()
 
@@ -257,12 +257,12 @@ class Replay:
         reward = np.where(clip, np.sign(reward), reward)
         shown = self._keep(obs[:, -1])
         next_frames = shown.copy()
-        if truncated.any():  # their last frames `obs` no longer shows
+        if truncated.any():  # `obs` no longer shows their last frames
             last_frames = np.stack([x[-1] for x in infos["final_obs"][truncated]])
             next_frames[truncated] = self._keep(last_frames)
         numbers = np.column_stack((self.shown, next_frames))
         self.shown = np.column_stack((self.shown[:, 1:], shown))
-        self.shown[infos["over"], :-1] = 0  # a new episode: black before it
+        self.shown[infos["over"], :-1] = 0  # a new game: black before it (not after a lost life)
 
         row = self.num_rows % len(self.rewards)
         self.stacks[row] = self._slots(numbers)
@@ -417,12 +417,12 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
-    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
+    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
     optimizer = tensors.FlatAdam(critic, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
@@ -434,9 +434,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
-            learning_starts += global_step
+            learning_starts += global_step  # first fill a new replay, with the policy it has
             print(f"replay not saved, so not exact: no learning before step {learning_starts:,}")
-        if replay.shown is None or environments.lost.any():
+        if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
         act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
@@ -476,7 +476,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)
+            run.progress(global_step)  # last: `due` asks what was passed since
     return run.dir
 
 

@@ -3,7 +3,7 @@
 Collect a rollout with the current policy; estimate how much better than expected each action was
 (GAE); take many small gradient steps that make good actions likelier, with no more to gain once
 an action's probability has changed by the fraction --clip-coef. Schulman et al. 2017,
-arXiv:1707.06347; details as numbered in Huang et al. 2022, "The 37 Implementation Details of PPO".
+arXiv:1707.06347; numbered core details: Huang et al. 2022, "The 37 Implementation Details of PPO".
 
     python ppo_continuous.py
     python ppo_continuous.py --env-id Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9
@@ -45,7 +45,7 @@ class Args:
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update; on the CPU, act in NumPy, but for a CNN; --no-compile: eager, to debug"""
+    """compile the update, and on the CPU act in NumPy (not with a CNN); --no-compile: to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -96,7 +96,7 @@ class Args:
     minibatch_size: int | None = None
     """samples in a minibatch, in place of --num-minibatches; an epoch drops the remainder"""
     update_epochs: int = 10
-    """passes over the rollout in an update"""
+    """passes over each rollout"""
     norm_obs: bool = True
     """normalise observations with running statistics, and clip at 10 standard deviations"""
     norm_reward: bool = True
@@ -120,7 +120,7 @@ class Args:
     max_grad_norm: float = 0.5
     """gradients of a larger global norm are scaled down to it"""
     target_kl: float | None = None
-    """end the update after an epoch whose last minibatch has a larger KL (auxiliary detail 3)"""
+    """skip the epochs after one whose last minibatch has a larger KL (auxiliary detail 3)"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of the policy and the value network"""
     squash: bool = False
@@ -206,7 +206,7 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
     mean, log_std, squash = policy
     log_prob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
-    if squash:  # densities of tanh(action); entropy by Gauss-Hermite quadrature
+    if squash:  # of tanh(u): the entropy adds E[tanh_log_det(u)], by quadrature, u [B, A, 32]
         u = mean[..., None] + log_std.exp()[:, None] * mean.new_tensor(tensors.NODES)
         entropy = entropy + tanh_log_det(u) @ mean.new_tensor(tensors.WEIGHTS)
         log_prob = log_prob - tanh_log_det(action)
@@ -217,7 +217,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     """Generalised advantage estimates (detail 5; Schulman et al. 2016, equation 16); all [T, N].
 
     next_values[t] is the value of the observation that step t really led to, also at a truncation;
-    at a termination it is ignored. Past either end, no later delta is added.
+    at a termination it is ignored. Both end the episode, so that no later delta is added.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decays = gamma * gae_lambda * ~(terminations | truncations)
@@ -249,12 +249,12 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 
 
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
-    """Return `update(parameters, batch, indices, lr)`: a gradient step in place, and METRICS.
+    """Return `update`, a gradient step in place that returns METRICS; `batch` is the rollout.
 
     Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
 
-    def loss(parameters, obs, actions, *rest):  # rest: what follows actions in `batch`
+    def loss(parameters, obs, actions, *rest):  # rest: old_log_prob and on, as in ppo_loss
         policy, value = tensors.functional(agent, args.bf16)(parameters, obs)
         return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
@@ -276,8 +276,8 @@ def learning_rate(progress: float, args: Args) -> torch.Tensor:
 
 def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
     """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
-    values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2])
-    values, next_values = values[:-1].cpu().numpy(), values[1:].clone().cpu().numpy()
+    values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2]).cpu()
+    values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: changed below
     if rollout.final_obs:  # after a truncation: the episode's real last observation
         final_obs, (t, n) = torch.stack(list(rollout.final_obs.values())), zip(*rollout.final_obs)
         next_values[t, n] = agent.value(final_obs.to(rollout.obs)).cpu().numpy()
@@ -307,12 +307,12 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
-    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
     rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    parameters = tensors.flatten_parameters(agent)
+    parameters = tensors.flatten_parameters(agent)  # [P]; the weights, in `act` too, are views
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = compute.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
@@ -323,7 +323,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
-        agent.return_statistics.carry[environments.lost] = 0.0  # new episodes
+        agent.return_statistics.carry[environments.lost] = 0.0  # not restored: new episodes
         act = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; what the next action does not need is computed once it is complete
@@ -344,7 +344,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
-            # update, with the same normalisation statistics as in the rollout
+            # learn, with the same normalisation statistics as in the rollout
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)
+            run.progress(global_step)  # last: `due` asks what was passed since
     return run.dir
 
 

@@ -44,7 +44,7 @@ class Args:
     num_threads: int = 0
     """threads that PyTorch computes with; 0: one in PPO on vector observations, else up to four"""
     compile: bool = True
-    """compile the update; on the CPU, act in NumPy, but for a CNN; --no-compile: eager, to debug"""
+    """compile the update, and on the CPU act in NumPy (not with a CNN); --no-compile: to debug"""
     bf16: bool = False
     """mixed precision: faster with images or layers of 256 units, on hardware that has bfloat16"""
     track: bool = False
@@ -154,9 +154,9 @@ class Agent(nn.Module):
         self.critic = TwinQNetwork(*mlp(TwinLinear, obs_size + action_size, *args.hidden_sizes, 1))
         self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
-        self.register_buffer("log_alpha", torch.tensor([log_alpha]))
+        self.register_buffer("log_alpha", torch.tensor([log_alpha]))  # learned, as a vector
         self.args = args
-        self.register_buffer("obs_shape", torch.tensor(obs_shape))
+        self.register_buffer("obs_shape", torch.tensor(obs_shape))  # for load_agent
         for name, bound in zip(("low", "high"), tensors.bounds(action_space)):
             self.register_buffer(name, bound)
 
@@ -201,7 +201,7 @@ class Replay:
             next_obs[n] = infos["final_obs"][n]
         parts = [x.reshape(len(obs), -1) for x in (before, action, reward, terminated, next_obs)]
         rows = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
-        begin = self.num_rows % len(self.rows)
+        begin = self.num_rows % len(self.rows)  # both are multiples of N: no wrap
         self.rows[begin : begin + len(rows)] = rows
         self.num_rows += len(rows)
 
@@ -262,7 +262,7 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 
 
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
-    """Return `update_critic` and `update_actor`: gradient steps in place, and METRICS.
+    """Return `update_critic` and `update_actor`, gradient steps in place that return their METRICS.
 
     Compiled, each is one graph. Only weights used through `functional` get gradients. Noise is an
     input: drawn inside, it would not come from `rng`.
@@ -281,7 +281,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
         gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
-        return torch.stack((value / 2, q.mean()))
+        return torch.stack((value / 2, q.mean()))  # means over the two networks
 
     def update_actor(critic, actor, log_alpha, rows, indices, noise):
         obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
@@ -293,7 +293,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
 
         gradient, (value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
         optimizer["actor"].step(actor, gradient, args.policy_lr)
-        if args.autotune:
+        if args.autotune:  # target entropy: -1 per action dimension
             gradient, _ = grad_and_value(alpha_loss)(log_alpha, log_prob, -noise.shape[1])
             optimizer["alpha"].step(log_alpha, gradient, args.q_lr)
         return torch.stack((value, -log_prob.mean(), alpha[0]))
@@ -312,12 +312,12 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
-    """Train as `args` say, from `checkpoint` on if there is one; return the run folder."""
+    """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, faster="cuda")
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))
+    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
     actor, log_alpha = tensors.flatten_parameters(agent.actor), agent.log_alpha
     learned = {"critic": critic, "actor": actor, "alpha": log_alpha}
     optimizer = nn.ModuleDict({name: tensors.FlatAdam(x, eps=1e-8) for name, x in learned.items()})
@@ -333,9 +333,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
-            learning_starts += global_step
+            learning_starts += global_step  # first fill a new replay, with the policy it has
             print(f"replay not saved, so not exact: no learning before step {learning_starts:,}")
-        if replay.shown is None or environments.lost.any():
+        if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
         act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
@@ -354,13 +354,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
-                    batch = replay.rows, replay.sample(rng["replay"]), batch_noise
-                    batch_noise.normal_(generator=rng["replay"])  # in place, so in `batch` too
-                    losses = update_critic(critic, target, actor, log_alpha, *batch)
+                    inputs = replay.rows, replay.sample(rng["replay"]), batch_noise
+                    batch_noise.normal_(generator=rng["replay"])  # in place, so in `inputs` too
+                    losses = update_critic(critic, target, actor, log_alpha, *inputs)
                     if i % args.policy_frequency == 0:
                         for _ in range(args.policy_frequency):
                             batch_noise.normal_(generator=rng["replay"])
-                            policy_losses = update_actor(critic, actor, log_alpha, *batch)
+                            policy_losses = update_actor(critic, actor, log_alpha, *inputs)
                         metrics.append(torch.cat((losses, policy_losses)))
                     if i % args.target_network_frequency == 0:
                         target.lerp_(critic, args.tau)
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)
+            run.progress(global_step)  # last: `due` asks what was passed since
     return run.dir
 
 
