@@ -17,11 +17,6 @@ from common import envs, provenance
 from common.checkpoint import save_checkpoint
 
 
-def peak_memory(usage: resource.struct_rusage) -> float:
-    """Return the peak resident memory of a process, in MiB, from its resource usage."""
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def memory(
     script: Positional[Literal["dqn_atari", "sac_continuous"]] = "dqn_atari",
     env_id: str = "",
@@ -78,4 +73,5 @@ def resident() -> float:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize() / 2**20
     except OSError:
-        return peak_memory(resource.getrusage(resource.RUSAGE_SELF))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)

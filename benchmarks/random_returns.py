@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 
+from benchmarks import results
 from benchmarks.suites import SUITES
 from common import fail
 
@@ -51,7 +52,5 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
         figures = env_id, episodes, seed, f"{np.mean(returns):.6g}", f"{np.std(returns):.6g}"
         rows[env_id] = dict(zip(COLUMNS, (*figures, *map(version, COLUMNS[5:]))))
         print(f"{env_id}: {np.mean(returns):,.2f} ± {np.std(returns):,.2f}", flush=True)
-    with FILE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[env_id] for env_id in sorted(rows))
+    lines = [COLUMNS, *(rows[env_id].values() for env_id in sorted(rows))]
+    results.write_text("".join(",".join(map(str, line)) + "\n" for line in lines), FILE)

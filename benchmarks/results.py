@@ -61,10 +61,7 @@ class Published(NamedTuple):
 
 
 def read_run(run_dir: Path) -> Result:
-    """Read a run folder; `config` also has what `run` noted of its memory, beside the folder.
-
-    If the run is finished, it has its evaluation and wall time.
-    """
+    """Read a run folder; if the run is finished, `config` has its evaluation and wall time."""
     config = read_config(run_dir / "config.json")
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     args, known = config["args"], reader.Tags()["scalars"]
@@ -83,8 +80,6 @@ def read_run(run_dir: Path) -> Result:
         config["evaluations"] = [list(pair) for pair in known.items()]
         config["wall_seconds"] = round(max(seconds, default=0.0), 1)
     config["command"] = command(config)
-    usage = run_dir.with_name(f"{run_dir.name}.usage.json")
-    config |= json.loads(usage.read_text()) if usage.exists() else {}
     args.pop("run_dir", None)
     columns = [x.step for x in returns], seconds, [x.value for x in returns]
     columns += ([x.value for x in lengths],)
@@ -185,16 +180,20 @@ def write(result: Result, path: Path) -> None:
     lines = [",".join(COLUMNS)]
     for step, seconds, value, length in zip(*result[1:], strict=True):
         lines.append(f"{int(step)},{seconds:.1f},{value:.6g},{int(length)}")
-    _write(json.dumps(result.config, indent=2) + "\n", path.with_suffix(".json"))
-    _write("\n".join(lines) + "\n", path)
+    write_text(json.dumps(result.config, indent=2) + "\n", path.with_suffix(".json"))
+    write_text("\n".join(lines) + "\n", path)
 
 
-def _write(text: str, path: Path) -> None:
+def write_text(text: str, path: Path) -> None:
     """Write a file whole, or exit with one line and leave what was there."""
     with failing(f"{path} could not be written", OSError, code=1):
         path.parent.mkdir(parents=True, exist_ok=True)
-        (whole := path.with_suffix(f".{os.getpid()}.writing")).write_text(text)
-        whole.replace(path)
+        whole = path.with_suffix(f".{os.getpid()}.writing")
+        try:
+            whole.write_text(text)
+            whole.replace(path)
+        finally:
+            whole.unlink(missing_ok=True)
 
 
 def export(
@@ -274,7 +273,7 @@ def own_command() -> str:
 
 def write_json(content: dict, path: Path) -> None:
     """Write what was measured, and say where it is."""
-    _write(json.dumps(content, indent=2) + "\n", path)
+    write_text(json.dumps(content, indent=2) + "\n", path)
     print(path)
 
 
@@ -300,8 +299,9 @@ def published(config: dict) -> Published | None:
             same &= _name(row["env_id"]) == _name(config["args"]["env_id"])
             if same and row["source"].startswith("CleanRL"):
                 version = row["env_id"].rsplit("-", 1)[1]
-                same_version = config["args"]["env_id"].endswith(version)
-                label = "CleanRL" if same_version else f"CleanRL ({version})"
+                same = "NoFrameskip" in row["env_id"]  # one protocol, by either name
+                same |= config["args"]["env_id"].endswith(version)
+                label = "CleanRL" if same else f"CleanRL ({version})"
                 return Published(float(row["mean"]), float(row["std"]), label)
     return None
 
@@ -319,7 +319,7 @@ def table(suite: Positional[str] = "ppo_continuous") -> None:
     """
     if not any((FOLDER / suite).rglob("*.csv")):
         fail(
-            f"no results of {suite}: python -m benchmarks run {suite}, then export --suite {suite}"
+            f"no results of {suite}: python -m benchmarks export RUN_DIR --name {suite} makes them"
         )
     print("\n".join(rows(suite)))
     print("\n```bash", *commands(suite), sep="\n")

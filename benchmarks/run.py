@@ -19,7 +19,6 @@ from typing import NamedTuple
 from tyro.conf import Positional
 
 from benchmarks import results
-from benchmarks.memory import peak_memory
 from benchmarks.suites import SUITES
 from common import fail, failing, say
 from common.provenance import code
@@ -154,23 +153,14 @@ class Job:
             aside = next(path for path in names if not path.exists())
             self.run_dir.rename(aside)
             self.note = f"begun anew: {self.name}, as it cannot be resumed; what it was: {aside}"
-        for suffix in (".csv", ".json", ".usage.json"):
+        for suffix in (".csv", ".json"):
             self.path(suffix).unlink(missing_ok=True)
 
-    def poll(self, workers: int) -> None:
-        """If the process has ended, note how it did, and what memory it took."""
-        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
-        if not pid:
+    def poll(self) -> None:
+        """If the process has ended, note how it did."""
+        if (code := self.process.poll()) is None:
             return
-        code = self.process.returncode = os.waitstatus_to_exitcode(status)
         self.process = None
-        peak, noted = peak_memory(usage), self.path(".usage.json")
-        if noted.exists():  # by an earlier part of the run
-            peak = max(peak, json.loads(noted.read_text())["peak_memory_mb"])
-        usage = {"peak_memory_mb": round(peak), "workers": workers}
-        with contextlib.suppress(OSError):  # a full disk, say: then it is not known
-            (whole := self.path(".usage.writing")).write_text(json.dumps(usage) + "\n")
-            whole.replace(noted)  # a runner killed while it writes leaves the old one
         last = (self.log().split("\n$ ")[-1].strip().splitlines() or [""])[-1]
         if code == 0 and self.finished():
             self.finish()
@@ -243,6 +233,14 @@ def describe(jobs: list[Job]) -> list[str]:
     return lines
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use, in a container as in a batch system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = Path("/sys/fs/cgroup/cpu.max")  # microseconds in every so many
+    quota, period = limit.read_text().split() if limit.exists() else ("max", 0)
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
 def available_memory() -> int:
     """Return the bytes of memory there are, of the machine or of the container."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -289,17 +287,24 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
     signals, told = [], set()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    while True:
-        running = [job for job in jobs if job.process]
-        for job in running:
-            if job.signals < len(signals):
-                os.kill(job.process.pid, signal.SIGINT)
+
+    def ask(number: int = 0, _frame=None) -> None:
+        # at once, as a scheduler signals the runs as well: they take both for one
+        if number and (number != signal.SIGHUP or not signals):  # a closing terminal may send two
+            signals.append(number)
+        for job in jobs:
+            if job.process and job.signals < len(signals):
                 job.signals += 1
-            job.poll(workers)
+                job.process.send_signal(signal.SIGINT)
+
+    asked = [signal.SIGINT, signal.SIGTERM]
+    asked += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup
+    handlers = {number: signal.signal(number, ask) for number in asked}
+    while True:
+        ask()  # those that were about to begin when a signal came
+        for job in jobs:
+            if job.process:
+                job.poll()
         for job in jobs:
             free = workers > sum(other.process is not None for other in jobs)
             if free and not signals and job.state in ("waiting", "elsewhere"):
@@ -341,7 +346,8 @@ def run(
 
     A run is in RUN_DIR/SUITE/ENV/SEED, what it says in SEED.log beside that, and its episodes, once
     it is finished, in SEED.csv. The same command again resumes what was stopped or died, and
-    repeats nothing that is finished. Ctrl-C lets the runs save, and leaves.
+    repeats nothing that is finished. Ctrl-C, SIGTERM or the loss of its terminal (without nohup)
+    lets the runs save, and leaves.
 
     Args:
         suite: ppo_continuous, ppo_discrete, ppo_atari, dqn_atari, sac_continuous or smoke; what
@@ -371,9 +377,8 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fit = int(available_memory() / 1e9 / SUITES[suite].gigabytes)
-    workers = workers or max(1, min(cores // threads, fit))
+    workers = workers or max(1, min(available_cores() // threads, fit))
     if foreign := [words for job in jobs if (words := job.foreign())]:
         fail(f"{foreign[0]}; take another --run-dir")
     made = [(job, job.made_by()) for job in jobs]

@@ -16,10 +16,7 @@ from common import atari, fail, failing
 from common.runs import ASKED, leave, load_run
 
 # what may be given anew; everything else comes from the run
-ANEW = {"evaluate": "eval_episodes eval_e capture_video render"}
-ANEW["resume"] = (
-    "eval_episodes eval_e capture_video total_timesteps checkpoint_every eval_every track"
-)
+ANEW = {"evaluate": "render", "resume": "total_timesteps checkpoint_every eval_every track"}
 # arguments with a schedule over the whole run, which then cannot be made longer
 SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name
@@ -54,9 +51,8 @@ def check_ranges(args) -> None:
     """Exit with a one-line error if a number is out of range or the run could not start."""
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and os.path.exists(args.run_dir):
-        what = "there is no run to resume in it"
-        if Path(args.run_dir, "checkpoint.pt").exists():
-            what = f"--resume {args.run_dir} continues it"
+        run = Path(args.run_dir, "checkpoint.pt").exists()
+        what = f"--resume {args.run_dir} continues it" if run else "there is no run to resume in it"
         fail(f"--run-dir {args.run_dir}: it exists already; {what}")
     folder = Path(args.run_dir or "runs/new").absolute()
     above = next(path for path in folder.parents if os.path.exists(path))
@@ -102,7 +98,8 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         return args, None
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
-    allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
+    allowed = f"eval_episodes eval_e capture_video {ANEW[mode]}".split()
+    allowed = {name for name in allowed if hasattr(args, name)}
     if refused := given - allowed:
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
         fail(f"{flag(mode)} takes {refused} from the run; it accepts only {allowed}")

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         fail(f"{path} could not be written: {str(error).splitlines()[0]}", code=1)
 
 

@@ -62,7 +62,8 @@ class Replayable(gym.Wrapper):
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
         self.episode, self.actions = self.episode + 1, []
-        self.action_space.seed(stream_seed(*self.stream, self.episode, 0))  # some draw from it
+        for space in (self.unwrapped.action_space, self.unwrapped.observation_space):
+            space.seed(stream_seed(*self.stream, self.episode, 0))  # some draw from them
         obs, _ = self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
         return obs, {}
 
@@ -170,8 +171,7 @@ class Environments:
 
     def state_dict(self) -> dict:
         """Return what restores the environments, and the observations they show now."""
-        arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
-        state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        state = {x: torch.tensor(getattr(self, x)) for x in ("obs", "returns", "lengths")}
         # between processes tensors would take a file and shared memory each
         histories = [(i, torch.from_numpy(x)) for i, x in self.vector_env.get_attr("history")]
         return state | {"histories": histories, "steps": self.steps}
@@ -184,11 +184,10 @@ class Environments:
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
         same = [x is not None and np.array_equal(np.array(x, y.dtype), y, True) for x, y in found]
-        self.lost = ~np.array(same)
+        self.lost = ~np.array(same) | (state["lengths"].numpy() > 10**6)  # or not all are known
         if self.lost.any():
             print("seed and actions replayed do not restore the environment: new episodes")
-            anew = [(episode + 1, actions[:0]) for episode, actions in histories]
-            histories = [b if x else a for a, b, x in zip(histories, anew, self.lost)]
+            histories = [(e + 1, a[:0]) if x else (e, a) for x, (e, a) in zip(self.lost, histories)]
             self.vector_env.set_attr("history", histories)
         self.obs = np.stack(self.vector_env.get_attr("obs")).astype(saved.dtype)
         self.returns[:] = np.where(self.lost, 0, state["returns"])
@@ -215,8 +214,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     if getattr(args, "sticky_actions", 0) and not atari.find_game(args.env_id):
         fail(f"--sticky-actions: {args.env_id} is not an ale-py game")
     obs_space, action_space = env.observation_space, env.action_space
-    padding = getattr(env, "padding_type", None), getattr(env, "stack_size", None)
-    stacked = padding == ("zero", 4)  # as in make_env
+    stacked = getattr(env, "padding_type", "") == "zero" and env.stack_size == 4  # as in make_env
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
         known = isinstance(action_space, (gym.spaces.Box, gym.spaces.Discrete))
@@ -254,7 +252,9 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         with failing(about, Exception):  # now, not after the training; each renderer has its own
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)
-            env.render()
+            frame = env.render()
+            if not (args.render or (env.render_mode and isinstance(frame, np.ndarray))):
+                raise TypeError("it keeps no render_mode, or render() gives no array")
             env.close()
     return obs_space, action_space
 
@@ -292,7 +292,9 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     with closing(env):
         for i in range(args.eval_episodes):
             stream = args.seed, "eval", first + i
-            env.action_space.seed(stream_seed(*stream, 0))
+            spaces = env.unwrapped.action_space, env.unwrapped.observation_space
+            for space in (*spaces, env.action_space):
+                space.seed(stream_seed(*stream, 0))
             seed_process(stream_seed(*stream))
             obs, _ = env.reset(seed=stream_seed(*stream))
             rng = np.random.default_rng(stream_seed(*stream, 1))

@@ -34,11 +34,9 @@ def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> d
 
     `run_dir` may also be a checkpoint file, as r/best.pt.
     """
-    path = Path(run_dir)
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir, name)
     if not path.is_file():
-        path = path / name
-    if not path.is_file():
-        young = ", or not evaluated yet" * (name != "checkpoint.pt")
+        young = ", or not evaluated yet" * ("best.pt" in path.parts)
         fail(f"{run_dir} is not a run folder{young}: it has no {name}")
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
@@ -57,11 +55,10 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     device = compute.setup_torch(args, faster="cuda")
     with failing(f"{args.evaluate} {MISFIT}", KeyError, RuntimeError):
         agent = load_agent(args.evaluate, device=device)
-        if (shape := np.shape(agent.act(spaces[0].sample()))) != spaces[1].shape:
+        if (shape := np.shape(agent.act(np.zeros(spaces[0].shape)))) != spaces[1].shape:
             raise RuntimeError(f"actions {list(shape)}, where {list(spaces[1].shape)} are taken")
     where = Path(args.evaluate)
-    best = where.is_file() and where.name != "checkpoint.pt"
-    first = 10**6 if best else 0  # not the episodes that chose it
+    first = 10**6 * (where.is_file() and where.name != "checkpoint.pt")  # others than chose it
     folder = where.parent if where.is_file() else where
     print(describe(*envs.play(agent.act, args, folder, first)))
 
@@ -75,7 +72,7 @@ def leave(number: int, _frame=None) -> NoReturn:
 
 def _ours() -> list[int]:
     """Return the signals that have handlers of this package's."""
-    handlers = ((number, signal.getsignal(number)) for number in ASKED)
+    handlers = ((number, signal.getsignal(number)) for number in (*ASKED, signal.SIGHUP))
     return [x for x, f in handlers if str(getattr(f, "__module__", "")).startswith("common.")]
 
 
@@ -92,7 +89,7 @@ def _release() -> None:
 def _begin_forked() -> None:
     """In a process that an environment forks: Ctrl-C is the trainer's, SIGTERM ends it as ever."""
     for number in _ours():
-        ignored = number == signal.SIGINT  # but not by programs that it starts
+        ignored = number != signal.SIGTERM  # but not by programs that it starts
         signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
     _release()
 
@@ -110,7 +107,7 @@ class Run:
     """
 
     def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
         self.about = {"script": script, "args": dict(vars(args)), "device": device.type}
@@ -133,8 +130,7 @@ class Run:
             with failing(f"{self.dir} {MISFIT}", KeyError, RuntimeError):
                 for name in [name for name in parts if name != "envs"]:
                     parts[name].load_state_dict(checkpoint.pop(name))
-        config = {"script": script, "args": vars(args), "code": provenance.code(script)}
-        config |= provenance.record(device)
+        config = self.about | {"code": provenance.code(script)} | provenance.record(device)
         with failing(f"--{'resume' if checkpoint else 'run-dir'} {self.dir}", OSError):
             self.dir.mkdir(parents=True, exist_ok=checkpoint is not None)
             self._lock()
@@ -155,7 +151,7 @@ class Run:
                 load_checkpoint(self.dir / "checkpoint.pt")  # if it cannot be read back, fail now
             elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
                 save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
-        except SystemExit:
+        except BaseException:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
                 self.writer.close()
             if checkpoint is None:
@@ -182,8 +178,13 @@ class Run:
             identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
         ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
-        with failing("--track", Exception):  # wandb has many
-            wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
+        ids |= {"resume": "allow", "reinit": True, "config": vars(args)}
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # wandb hides what is typed
+        with failing("--track", Exception, KeyboardInterrupt):  # wandb has many
+            wandb.init(**ids, sync_tensorboard=True)
+        signal.signal(signal.SIGINT, before)
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"
@@ -220,9 +221,8 @@ class Run:
             self.signal = self.signal or signal.SIGPIPE
 
     def __enter__(self) -> "Run":
-        signals = [signal.SIGINT, signal.SIGTERM]
-        signals += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup
-        self._handlers = {number: signal.signal(number, self._stop) for number in signals}
+        hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup
+        self._handlers = {x: signal.signal(x, self._stop) for x in (*ASKED, *hup)}
         form = {"unit": "step", "unit_scale": True, "dynamic_ncols": True, "disable": None}
         self.bar = tqdm(desc=self.args.env_id, total=self.last_step, initial=self.step, **form)
         self.start = self.printed = time.perf_counter()
@@ -262,6 +262,8 @@ class Run:
         script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
         resume = shlex.join(["python", script, "--resume", str(self.dir)])
         self._say(f"stopped at step {self.saved:,}; go on: {resume}")
+        with contextlib.suppress(Exception):  # the signal may have ended what they are made of
+            self.parts["envs"].close()
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:
@@ -322,8 +324,7 @@ class Run:
         """
         now = time.perf_counter()
         speed = (step - self.first_step) / (now - self.start)
-        known = f"return {np.mean(self.returns or 0):,.1f} (last {len(self.returns)})"
-        recent = known if self.returns else ""
+        recent = f"return {np.mean(last):,.1f} (last {len(last)})" if (last := self.returns) else ""
         self.scalars({"charts/SPS": speed}, step)
         self.bar.set_postfix_str(recent, refresh=False)
         self.bar.update(step - self.step)

@@ -44,6 +44,7 @@ CASES = {
     "--checkpoint-every -1": "--checkpoint-every",
     "--resume nowhere": "not a run folder",
     "--evaluate nowhere": "not a run folder",
+    "--evaluate nowhere/best.pt": "nowhere/best.pt is not a run folder, or not evaluated yet",
     "--resume a --evaluate b": "exclude each other",
     "--resume nowhere --gamma 0.5": "--gamma",
     "--run-dir taken": "exists already; there is no run to resume in it",

@@ -81,12 +81,20 @@ def test_the_readmes_table_of_atari_is_what_the_results_give():
     assert sorted(told) == sorted(found)
 
 
-def test_the_readmes_times_of_the_defaults_follow_from_the_measured_speeds():
+def table_of_speeds():
+    """Rows of the full table: script, peer, work, and the rest; a blank is what is above it."""
     table = DETAILS.read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
-    speeds, script, work = {}, "", ""
+    script = work = ""
     for line in table.splitlines()[1:]:
-        new_script, new_work, *_, here, _, _ = (x.strip(" `") for x in line.strip("|").split("|"))
+        new_script, new_work, *rest = (x.strip(" `") for x in line.strip("|").split("|"))
         script, work = new_script or script, new_work or work
+        beside = (x for x in ("TorchRL", "SBX", "CleanRL") if x in work)
+        yield script, next(beside, "Stable-Baselines3"), work, *rest
+
+
+def test_the_readmes_times_of_the_defaults_follow_from_the_measured_speeds():
+    speeds = {}
+    for script, _, work, *_, here, _, _ in table_of_speeds():
         if not re.search("tutorial|8 environments|ppo_discrete.*Breakout", f"{script} {work}"):
             speeds.setdefault(script, []).append(float(here.replace(",", "")))
     seconds = {"minute": 60, "minutes": 60, "hours": 3600}
@@ -198,15 +206,8 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_files():
-    table = DETAILS.read_text().split("ratio, pair by pair |\n")[1].split("\n\n")[0]
-    told, measured, script, work = [], [], "", ""
-    for line in table.splitlines()[1:]:
-        new_script, new_work, machine, *columns = (
-            x.strip(" `") for x in line.strip("|").split("|")
-        )
-        script, work = new_script or script, new_work or work
-        beside = (x for x in ("TorchRL", "SBX", "CleanRL") if x in work)
-        peer = next(beside, "Stable-Baselines3")
+    told, measured = [], []
+    for script, peer, work, machine, *columns in table_of_speeds():
         count = re.search(r"(\d+) (environment|game)", work)
         told.append((script, peer, int(count[1]) if count else 1, machine, *columns))
     for path in results.FOLDER.glob("speed_*.json"):
@@ -229,14 +230,8 @@ def test_the_readmes_speeds_are_those_of_the_committed_files():
 
 
 def test_the_readmes_summary_of_speeds_is_that_of_its_table():
-    summary, table = (
-        path.read_text().split("## Speed\n")[1].split("| script |")[1] for path in (README, DETAILS)
-    )
-    ratios, script, work = {}, "", ""
-    for line in table.split("\n\n")[0].splitlines()[2:]:
-        new_script, new_work, *_, ratio = (x.strip(" `") for x in line.strip("|").split("|"))
-        script, work = new_script or script, new_work or work
-        peer = next((x for x in ("TorchRL", "SBX", "CleanRL") if x in work), "Stable-Baselines3")
+    summary, ratios = README.read_text().split("## Speed\n")[1].split("| script |")[1], {}
+    for script, peer, work, *_, ratio in table_of_speeds():
         game = next((f", {x}" for x in ("CartPole-v1", "ALE/Breakout-v5") if x in work), "")
         name = f"`{script}`{game}" if script == "ppo_discrete.py" else f"`{script}`"
         ratios.setdefault((name, peer), []).append(float(ratio.split()[0]))
@@ -448,11 +443,18 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(
 
 
 @pytest.mark.parametrize(
-    "env_id, label", [("Hopper-v5", "CleanRL (v4)"), ("Hopper-v4", "CleanRL"), ("A-v4", None)]
+    "script, env_id, steps, label",
+    [
+        ("ppo_continuous", "Hopper-v5", 1_000_000, "CleanRL (v4)"),
+        ("ppo_continuous", "Hopper-v4", 1_000_000, "CleanRL"),
+        ("ppo_continuous", "A-v4", 1_000_000, None),
+        ("ppo_discrete", "ALE/Pong-v5", 10_000_000, "CleanRL"),
+    ],
 )
-def test_what_is_published_says_of_which_version_it_is(env_id, label):
-    args = {"env_id": env_id, "total_timesteps": 1_000_000}
-    known = results.published({"script": "ppo_continuous", "args": args})
+def test_what_is_published_says_of_which_version_it_is(script, env_id, steps, label):
+    known = results.published(
+        {"script": script, "args": {"env_id": env_id, "total_timesteps": steps}}
+    )
     assert (known and known.label) == label
 
 
@@ -500,19 +502,15 @@ def make_result(env_id="Hopper-v5", seed=1, level=2000.0, total=1_000_000, episo
         "command": f"python ppo_continuous.py --env-id {env_id} --seed {seed}",
         "evaluation": {"step": total, "return": level},
     }
-    steps = np.linspace(0, total, episodes + 1)[1:].round()
+    steps = np.linspace(0, total, episodes + 1)[1:].round(-2)
     returns = np.minimum(level, np.linspace(0, 1.5 * level, episodes)) + rng.normal(0, 20, episodes)
     lengths = np.diff(steps, prepend=0)
-    return results.Result(config, steps, steps / 5000, returns.round(2), lengths)
+    return results.Result(config, steps, steps / 1000, returns.round(2), lengths)
 
 
 def write_result(result, folder):
-    """Write it as `results.write` does."""
-    path = folder / result.config["args"]["env_id"] / f"{result.config['args']['seed']}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result.config))
-    rows = (",".join(f"{x:.10g}" for x in row) for row in zip(*result[1:]))
-    path.write_text("\n".join([",".join(results.COLUMNS), *rows]) + "\n")
+    args = result.config["args"]
+    results.write(result, folder / args["env_id"] / f"{args['seed']}.csv")
 
 
 @pytest.fixture
@@ -555,9 +553,8 @@ def test_the_table_has_published_figures_and_commands(suite, capsys):
     assert "run ppo_continuous --env-ids HalfCheetah-v5 --seeds 3\n" in out
     assert "--env-id Hopper-v5 --seed 3 --gamma 0.9\n" in out and "--env-ids Hopper" not in out
     (results.FOLDER / "empty").mkdir()
-    for name in ("nothing", "empty"):
-        with pytest.raises(SystemExit):
-            results.table(name)
+    with pytest.raises(SystemExit):
+        results.table("empty")
 
 
 def assert_picture(path):
@@ -613,11 +610,13 @@ def test_curves_are_the_mean_over_seeds_against_steps_or_minutes(suite, monkeypa
     plots.draw_curves(by_env, Path())
     plots.draw_times(by_env, Path())
     expected = np.mean([plots.curve(x, 1_000_000, 30)[1] for x in by_env["Hopper-v5"]], axis=0)
-    for figure, unit in zip(figures, (1 / 5000, 60), strict=True):  # 5,000 steps a second
+    for figure, unit in zip(figures, (1 / 1000, 60), strict=True):  # 1,000 steps a second
         axis = figure.axes[1]
         (line,) = (x for x in axis.lines if x.get_label().startswith("mean of 3 seeds"))
+        (published,) = (x for x in axis.lines if x.get_label().startswith("CleanRL"))
+        assert published.get_ydata() == pytest.approx([2382.86] * 2)
         np.testing.assert_allclose(line.get_ydata(), expected)
-        assert line.get_xdata()[-1] == pytest.approx(200 / unit, rel=0.01)
+        assert line.get_xdata()[-1] == pytest.approx(1000 / unit, rel=0.01)
     assert axis.get_xlabel() == "wall time in minutes"
 
 
@@ -671,8 +670,6 @@ def test_plot_does_without_rliable_and_without_published_values(suite, capsys, m
     said = capsys.readouterr()
     assert "mine.png shows these results already" in said.out
     assert "error: runs/benchmarks/mixed has runs of My-v0 that differ" in said.err
-    with pytest.raises(SystemExit):
-        plots.plot(("nothing",))
 
 
 def test_a_curve_has_the_mean_of_each_window():
@@ -880,7 +877,6 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("run ppo_discrete --flags=--num_threads=2", "--num-threads is for this command"),
         ("run somke", "there are ppo_continuous"),
         ("run smoke --run-dir file/runs", "--run-dir file/runs: "),
-        ("run smoke --script mine", "there is no "),
         ("run smoke --script ppo_discrete", "smoke has runs of several scripts"),
         ("run smoke --first-seed 3", "--first-seed 3: beyond the smoke suite's last"),
         ("export nowhere", "nowhere: neither a run folder nor a folder of them"),
@@ -894,6 +890,7 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("speed --flags='", "--flags ': No closing quotation"),
         ("random --episodes 0", "--episodes 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
+        ("speed sac_continuous --peer torchrl", "goes with ppo_continuous"),
         ("speed --peer cleanrl", "a checkout of it, go together"),
         ("speed --cleanrl c", "a checkout of it, go together"),
         ("speed --peer cleanrl --cleanrl c", "has no .venv/bin/python"),
@@ -1079,15 +1076,12 @@ def test_the_peer_has_a_scripts_settings(script, num_envs, monkeypatch):
     assert model["env"].num_envs == num_envs
 
 
-def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutorial(capsys):
+def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutorial():
     readme = DETAILS.read_text()
     command = re.search(r"python ppo_continuous.py --env-id InvertedDouble[^`]*", readme)[0]
     assert set(speed.TUTORIAL.split()) <= set(command.split())
     args = tyro.cli(ppo.Args, args=speed.TUTORIAL.split())
     assert args.hidden_sizes == (256, 256, 256) and args.squash and args.recompute_advantages
-    with pytest.raises(SystemExit):
-        speed.speed("sac_continuous", peer="torchrl")
-    assert "--peer torchrl" in capsys.readouterr().err
 
 
 def test_torchrl_on_the_cpu_is_not_compared_with_a_gpu(monkeypatch, capsys):
@@ -1219,7 +1213,7 @@ def test_a_run_is_the_command_that_a_user_would_type(undisturbed, tmp_path, monk
     for name in ("1.csv", "2.csv", "1.json"):
         exported = tmp_path / "tiny" / "Pendulum-v1" / name
         assert exported.read_text() == (undisturbed / name).read_text()
-    assert 50 < config["peak_memory_mb"] < 5000 and config["evaluation"]["step"] == 2048
+    assert config["evaluation"]["step"] == 2048
     results.export([undisturbed], name="of a folder")
     assert len(list((tmp_path / "of a folder").rglob("*.csv"))) == 2
     folder = tmp_path / "runs" / "tiny" / "Pendulum-v1"
@@ -1314,7 +1308,7 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
         alive.append(job)
         most = max(most, len(alive))
 
-    def poll(job, workers):
+    def poll(job):
         if next(job.process, None) is None:
             job.state, job.process = "finished", None
             alive.remove(job)
@@ -1328,9 +1322,6 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     started.clear()
     run.run("ppo_discrete", ("Mine-v0",), seeds=1, flags="--gamma 0.9")
     assert started == [("Mine-v0", 1)] and flags == ["--gamma", "0.9"]
-    with pytest.raises(SystemExit):
-        run.run("smoke", flags="--gamma 0.9")
-    assert "--flags --gamma 0.9: smoke has runs of several" in capsys.readouterr().err
     started.clear()
     run.run("ppo_discrete", ("Acrobot-v1",), first_seed=4, workers=2)
     assert started == [("Acrobot-v1", seed) for seed in (4, 5)]
@@ -1339,6 +1330,12 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     run.run("dqn_atari")
     assert most == 2  # of 9 GB
+    most = 0
+    run.run("dqn_atari", threads=8)
+    assert most == 1
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")  # of a container
+    assert run.available_cores() == 2
 
 
 def test_what_died_before_its_first_checkpoint_is_begun_anew(monkeypatch):
@@ -1441,6 +1438,9 @@ def test_a_runner_whose_output_nobody_reads_goes_on(monkeypatch):
         for _ in range(2):
             screen.say("lost")
         print("lost, too", flush=True)
+        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as the command line sets it
+        run.work([], 1, 1, screen)
+        assert signal.signal(signal.SIGPIPE, before) == signal.SIG_IGN
 
 
 def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypatch, capsys):
@@ -1450,11 +1450,12 @@ if "--resume" in sys.argv:
     print("done:", sys.argv[-1])
     raise SystemExit
 signals = []
-def stop(*_):
-    signals.append(1)
-    if len(signals) > 1:
+def stop(*_):  # as a script's
+    if signals and time.monotonic() - signals[0] > 0.2:
         os._exit(1)
-signal.signal(signal.SIGINT, stop)
+    signals.append(time.monotonic())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
 folder = pathlib.Path(sys.argv[-1])
 folder.mkdir()
 config = {"script": "ppo_continuous", "command": shlex.join(["python", *sys.argv])}
@@ -1470,13 +1471,24 @@ raise SystemExit(130)
 """)
     folder = Path("runs/benchmarks/tiny/Pendulum-v1")
     logs = [folder / "1.log", folder / "2.log"]
-    for kill, number in ((os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)):
-        process, _ = start_runner(tmp_path)
+    for kill, number, times in (
+        (os.killpg, signal.SIGINT, 1),  # as a terminal, to all of a group
+        (os.kill, signal.SIGHUP, 1),  # as one that is closed
+        ("all", signal.SIGTERM, 1),  # as a scheduler
+        (os.kill, signal.SIGINT, 2),
+    ):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup
+        process, pids = start_runner(tmp_path)
+        signal.signal(signal.SIGHUP, before)
         wait_for("ready", *logs)
-        kill(process.pid, number)  # a terminal sends its Ctrl-C to all of a group
+        for again in range(times):
+            time.sleep(0.4 * again)
+            for pid in [process.pid] if kill != "all" else [*pids, process.pid]:
+                (os.kill if kill == "all" else kill)(pid, number)
         out = process.communicate(timeout=60)[0]
         assert process.returncode == 128 + number and "go on: python -m benchmarks" in out
-        assert all(log.read_text().endswith("stopped at step 5\n") for log in logs)
+        saved = [log.read_text().endswith("stopped at step 5\n") for log in logs]
+        assert saved == [times == 1] * 2  # who asks twice does not wait
         shutil.rmtree("runs")
 
     process, pids = start_runner(tmp_path)

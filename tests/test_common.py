@@ -116,6 +116,14 @@ def test_environments_are_saved_and_found_again_between_any_two_steps(env_id):
         assert_same(first.state_dict(), second.state_dict())
 
 
+def test_an_episode_of_which_not_all_actions_are_known_begins_anew(capsys):
+    first, second = (make("toy_envs:Counter-truncated-v0") for _ in range(2))
+    saved = first.state_dict()
+    saved["lengths"][1] = 10**6 + 1
+    second.load_state_dict(saved)
+    assert second.lost.tolist() == [False, True] and "new episodes" in capsys.readouterr().out
+
+
 def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
     """Only that one, in one line; here it is the episodes whose seed is odd."""
     first = make("toy_envs:Unseeded-v0", num_envs=8)
@@ -651,13 +659,29 @@ def test_wide_layers_are_multiplied_by_onednn_and_a_gpu_is_for_large_networks(
 
 
 @pytest.mark.filterwarnings("ignore:.*is being initialised with render_mode")
-def test_a_renderer_that_fails_is_noticed_before_the_training(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "mode, picture, why",
+    [
+        ("rgb_array", ZeroDivisionError("a flat camera"), "a flat camera"),
+        ("rgb_array", [None], "it keeps no render_mode, or render() gives no array"),
+        (None, [np.zeros((8, 8, 3), np.uint8)], "it keeps no render_mode, or render() gives no"),
+    ],
+)
+def test_a_renderer_that_fails_is_noticed_before_the_training(
+    mode, picture, why, monkeypatch, capsys
+):
+    class Undrawn(toy_envs.Counter):
+        metadata = {"render_modes": ["rgb_array"]}
+        render_mode, render = mode, mock.Mock(side_effect=picture)
+
     monkeypatch.setattr(envs, "prepare_video", lambda: None)
-    args = ppo_continuous.Args(env_id="toy_envs:Counter-truncated-v0", capture_video=True)
+    monkeypatch.setattr(gym.envs.registration, "registry", gym.registry.copy())
+    gym.register("Undrawn-v0", lambda render_mode=None: Undrawn())
+    args = ppo_continuous.Args(env_id="Undrawn-v0", capture_video=True)
     with pytest.raises(SystemExit):
-        envs.check_spaces(args, gym.spaces.Box, "")  # of an environment that draws nothing
+        envs.check_spaces(args, gym.spaces.Box, "")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: toy_envs:Counter-truncated-v0 cannot be drawn here: ")
+    assert line.startswith(f"error: Undrawn-v0 cannot be drawn here: {why}")
 
 
 def test_mujoco_that_cannot_be_drawn_says_which_package_would_do_it(monkeypatch, capsys):
@@ -892,7 +916,7 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
         assert torch.equal(a, b) and not torch.equal(a, c), name
 
 
-def test_an_environment_may_draw_from_its_action_space():
+def test_an_environment_may_draw_from_its_spaces():
     def play(environments, steps: int) -> np.ndarray:
         action = np.zeros((environments.obs.shape[0], 1), np.float32)
         return np.stack([environments.step(action)[0].copy() for _ in range(steps)])

@@ -9,7 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -192,22 +194,31 @@ def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "number, ignored", [(signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGTERM, False)]
+    "number, again, ignored",
+    [
+        (signal.SIGHUP, signal.SIGHUP, False),
+        (signal.SIGHUP, signal.SIGHUP, True),
+        (signal.SIGTERM, signal.SIGTERM, False),
+        (signal.SIGTERM, signal.SIGHUP, False),
+    ],
 )
 def test_one_request_to_stop_may_come_twice_and_nohup_outlives_a_terminal(
-    number, ignored, monkeypatch
+    number, again, ignored, monkeypatch
 ):
-    """Of a terminal from its shell and the kernel, of `timeout` to the process and to its group;
-    that is nobody who asks once more.
+    """Of a terminal from its shell and the kernel, of `timeout` to the process and to its group, or
+    before the terminal is lost; that is nobody who asks once more. Environments are closed.
     """
-    send, sent = envs.Environments.send, []
+    send, sent, closed = envs.Environments.send, [], []
 
     def closing(self, actions):
         sent.append(actions)
         if len(sent) == 100:
-            for _ in range(2):
-                signal.raise_signal(number)
+            signal.raise_signal(number)
+            time.sleep(0.3 * (again != number))
+            signal.raise_signal(again)
         send(self, actions)
+
+    monkeypatch.setattr(envs.Environments, "close", lambda self: closed.append(self))
 
     def leave(_):
         raise AssertionError("at once")
@@ -222,7 +233,7 @@ def test_one_request_to_stop_may_come_twice_and_nohup_outlives_a_terminal(
     finally:
         signal.signal(signal.SIGHUP, before)
     step = load_checkpoint("r/checkpoint.pt")["global_step"]
-    assert step == (640 if ignored else 128)
+    assert step == (640 if ignored else 128) and len(closed) == 1
     assert ignored or stopped.value.code == 128 + number
 
 
@@ -437,6 +448,7 @@ def test_a_tracked_run_goes_on_as_itself(run, tmp_path):
     wandb.write_text(f"""
 def init(**options):
     print(options["id"], options["name"], options["resume"], file=open({str(log)!r}, "a"))
+    assert options["reinit"]  # else one of two in a process would go on with the other's
 """)
     options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "anneal_lr": False}
     for run_dir in ("a/r", "b/r"):
@@ -446,11 +458,15 @@ def init(**options):
     run("ppo_continuous.py", *words, cwd=tmp_path)
     first, other, again = (line.split() for line in log.read_text().splitlines())
     assert first == again and first[1:] == ["r", "allow"] == other[1:] and first[0] != other[0]
-    wandb.write_text("def init(**options):\n    raise RuntimeError('not\\nlogged in')\n")
-    words = flags(**options, run_dir="c", track=True)
-    done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr == "error: --track: not logged in\n"
-    assert not (tmp_path / "c").exists()
+    for error, said in (
+        ("raise RuntimeError('not\\nlogged in')", "not logged in"),
+        ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
+    ):
+        wandb.write_text(f"def init(**options):\n    {error}\n")
+        words = flags(**options, run_dir="c", track=True)
+        done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
+        assert done.returncode == 2 and done.stderr == f"error: --track: {said}\n"
+        assert not (tmp_path / "c").exists()
     words = ["--resume", "a/r", "--total-timesteps", 512]
     assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
     assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 256
@@ -588,6 +604,35 @@ def test_ctrl_c_at_the_end_says_how_to_go_on(monkeypatch, capsys, when):
     )
     saved = load_checkpoint("r/checkpoint.pt")
     assert not saved["finished"] and "charts/SPS" in dict(saved["last_scalars"])
+
+
+def test_ctrl_c_in_an_evaluation_on_the_way_waits_for_it(monkeypatch):
+    """And for the checkpoint after it: what was learned before it is not lost."""
+
+    def play(*args, play=envs.play):
+        signal.raise_signal(signal.SIGINT)
+        return play(*args)
+
+    monkeypatch.setattr(envs, "play", play)
+    options = SHORT | {"eval_every": 64, "checkpoint_every": 0, "run_dir": "r"}
+    with pytest.raises(SystemExit, match="130"):
+        train(Args(env_id="Pendulum-v1", total_timesteps=192, **options))
+    assert load_checkpoint("r/checkpoint.pt")["global_step"] == 64
+    assert [step for step, _ in scalars(Path("r"))["eval/episodic_return"]] == [64]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyboardInterrupt])
+def test_a_run_that_cannot_begin_leaves_no_folder(error, monkeypatch):
+    monkeypatch.setattr(envs.Environments, "state_dict", mock.Mock(side_effect=error))
+    with pytest.raises(error):
+        train(Args(env_id="Pendulum-v1", total_timesteps=192, run_dir="r", **SHORT))
+    assert not Path("r").exists()
+
+
+def test_two_runs_begun_in_one_second_have_two_folders(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, **SHORT)
+    assert train(args) != train(args)
 
 
 def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch, capsys):

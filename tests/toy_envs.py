@@ -205,15 +205,16 @@ class Listed(Counter):
 
 
 class Whim(Counter):
-    """Shows an action that it draws itself, from a space of its own."""
+    """Shows an observation, then actions, that it draws itself, from spaces of its own."""
 
     def __init__(self):
         super().__init__()
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = Box(0.0, 4.0, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.action_space.sample(), {}
+        return self.observation_space.sample(), {}
 
     def step(self, action):
         return self.action_space.sample().astype(np.float64), *super().step(action)[1:]
