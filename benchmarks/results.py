@@ -299,9 +299,9 @@ def published(config: dict) -> Published | None:
             same &= _name(row["env_id"]) == _name(config["args"]["env_id"])
             if same and row["source"].startswith("CleanRL"):
                 version = row["env_id"].rsplit("-", 1)[1]
-                same = "NoFrameskip" in row["env_id"]  # one protocol, by either name
-                same |= config["args"]["env_id"].endswith(version)
-                label = "CleanRL" if same else f"CleanRL ({version})"
+                alike = "NoFrameskip" in row["env_id"]  # one protocol, by either name
+                alike |= config["args"]["env_id"].endswith(version)
+                label = "CleanRL" if alike else f"CleanRL ({version})"
                 return Published(float(row["mean"]), float(row["std"]), label)
     return None
 

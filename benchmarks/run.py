@@ -295,7 +295,7 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
         for job in jobs:
             if job.process and job.signals < len(signals):
                 job.signals += 1
-                job.process.send_signal(signal.SIGINT)
+                job.process.send_signal(signals[job.signals - 1])
 
     asked = [signal.SIGINT, signal.SIGTERM]
     asked += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup

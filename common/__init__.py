@@ -33,7 +33,7 @@ def say(line: str, file: TextIO | None = None) -> bool:
 
 
 @contextmanager
-def failing(message: str, *errors: type[Exception], code: int = 2):
+def failing(message: str, *errors: type[BaseException], code: int = 2):
     """Exit with one line, `message` and the reason, if one of these errors is raised."""
     try:
         yield

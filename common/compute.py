@@ -72,7 +72,7 @@ def setup_torch(args, faster: str) -> torch.device:
     home = os.path.dirname(os.path.realpath(np.__file__))
     for library in ThreadpoolController().lib_controllers:
         if library.filepath.startswith(home):  # NumPy's. Acting is for one thread: several would
-            library.set_num_threads(1)  # wait where cores are busy, and round otherwise
+            library.set_num_threads(1)  # wait where cores are busy, and round differently
     deterministic = device.type == "cuda" and args.torch_deterministic
     if deterministic != torch.are_deterministic_algorithms_enabled():  # an earlier run may differ
         torch.use_deterministic_algorithms(deterministic)

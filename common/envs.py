@@ -48,6 +48,13 @@ def _number(reward) -> float:
     return float(reward.item() if hasattr(reward, "item") else reward)  # some are arrays [1]
 
 
+def _seed_spaces(env: gym.Env, seed: int) -> None:  # some environments draw from them
+    names = "action_space", "observation_space"
+    spaces = [getattr(x, name, None) for x in (env.unwrapped, env) for name in names]
+    for space in {id(x): x for x in spaces if x is not None}.values():  # each once
+        space.seed(seed)
+
+
 class Replayable(gym.Wrapper):
     """Seeds every episode from (seed, index, episode), and remembers the actions of the last one.
 
@@ -62,8 +69,7 @@ class Replayable(gym.Wrapper):
     def reset(self, *, seed=None, options=None) -> tuple:
         """Begin the next episode."""
         self.episode, self.actions = self.episode + 1, []
-        for space in (self.unwrapped.action_space, self.unwrapped.observation_space):
-            space.seed(stream_seed(*self.stream, self.episode, 0))  # some draw from them
+        _seed_spaces(self.env, stream_seed(*self.stream, self.episode, 0))
         obs, _ = self.env.reset(seed=stream_seed(*self.stream, self.episode), options=options)
         return obs, {}
 
@@ -178,13 +184,15 @@ class Environments:
 
     def load_state_dict(self, state: dict) -> None:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
-        histories = [(episode, actions.numpy()) for episode, actions in state["histories"]]
+        long = state["lengths"].numpy() > 10**6  # of these not all actions are known
+        known = zip(long, state["histories"])
+        histories = [(e, actions.numpy()[: 0 if x else None]) for x, (e, actions) in known]
         self.steps, self.finished = state["steps"], []
         self.vector_env.set_attr("history", histories)
         saved = state["obs"].numpy()
         found = zip(self.vector_env.get_attr("obs"), saved.copy(), strict=True)
         same = [x is not None and np.array_equal(np.array(x, y.dtype), y, True) for x, y in found]
-        self.lost = ~np.array(same) | (state["lengths"].numpy() > 10**6)  # or not all are known
+        self.lost = ~np.array(same) | long
         if self.lost.any():
             print("seed and actions replayed do not restore the environment: new episodes")
             histories = [(e + 1, a[:0]) if x else (e, a) for x, (e, a) in zip(self.lost, histories)]
@@ -253,7 +261,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
             env = make_env(args, "human" if args.render else "rgb_array")
             env.reset(seed=0)
             frame = env.render()
-            if not (args.render or (env.render_mode and isinstance(frame, np.ndarray))):
+            if not (args.render or (env.render_mode and isinstance(frame, (np.ndarray, list)))):
                 raise TypeError("it keeps no render_mode, or render() gives no array")
             env.close()
     return obs_space, action_space
@@ -292,9 +300,7 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     with closing(env):
         for i in range(args.eval_episodes):
             stream = args.seed, "eval", first + i
-            spaces = env.unwrapped.action_space, env.unwrapped.observation_space
-            for space in (*spaces, env.action_space):
-                space.seed(stream_seed(*stream, 0))
+            _seed_spaces(env, stream_seed(*stream, 0))
             seed_process(stream_seed(*stream))
             obs, _ = env.reset(seed=stream_seed(*stream))
             rng = np.random.default_rng(stream_seed(*stream, 1))

@@ -87,7 +87,7 @@ def _release() -> None:
 
 
 def _begin_forked() -> None:
-    """In a process that an environment forks: Ctrl-C is the trainer's, SIGTERM ends it as ever."""
+    """In a process that an environment forks: SIGTERM ends it as ever; others are the trainer's."""
     for number in _ours():
         ignored = number != signal.SIGTERM  # but not by programs that it starts
         signal.signal(number, (lambda *_: None) if ignored else signal.SIG_DFL)
@@ -178,13 +178,14 @@ class Run:
             identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
         ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
-        ids |= {"resume": "allow", "reinit": True, "config": vars(args)}
-        before = signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # wandb hides what is typed
-        with failing("--track", Exception, KeyboardInterrupt):  # wandb has many
-            wandb.init(**ids, sync_tensorboard=True)
-        signal.signal(signal.SIGINT, before)
+        # not `leave`: while wandb asks for a key, the terminal hides what is typed
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with failing("--track", Exception, KeyboardInterrupt):  # wandb has many
+                wandb.finish()  # a run of this process before, which it would go on with
+                wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"
@@ -248,7 +249,7 @@ class Run:
             self.parts["envs"].close()
         if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
-            self._leave()
+            self._leave(close=False)  # amid a step, it might wait for ever
 
     def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
         if self.saved < self.step or self.signal:
@@ -258,12 +259,13 @@ class Run:
         self.evaluate(self.parts["agent"], self.step)
         self.save(self.step, finished=True)
 
-    def _leave(self) -> NoReturn:
+    def _leave(self, close: bool = True) -> NoReturn:
         script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
         resume = shlex.join(["python", script, "--resume", str(self.dir)])
         self._say(f"stopped at step {self.saved:,}; go on: {resume}")
-        with contextlib.suppress(Exception):  # the signal may have ended what they are made of
-            self.parts["envs"].close()
+        if close:
+            with contextlib.suppress(Exception):  # the signal may have ended what they are made of
+                self.parts["envs"].close()
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:

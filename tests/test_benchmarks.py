@@ -1454,7 +1454,7 @@ def stop(*_):  # as a script's
     if signals and time.monotonic() - signals[0] > 0.2:
         os._exit(1)
     signals.append(time.monotonic())
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, stop)
 folder = pathlib.Path(sys.argv[-1])
 folder.mkdir()
@@ -1465,7 +1465,7 @@ print("ready", flush=True)
 for _ in range(6000):
     if not signals:
         time.sleep(0.01)
-time.sleep(1)
+time.sleep(2)
 print("stopped at step 5")
 raise SystemExit(130)
 """)
@@ -1482,7 +1482,7 @@ raise SystemExit(130)
         signal.signal(signal.SIGHUP, before)
         wait_for("ready", *logs)
         for again in range(times):
-            time.sleep(0.4 * again)
+            time.sleep(0.8 * again)
             for pid in [process.pid] if kill != "all" else [*pids, process.pid]:
                 (os.kill if kill == "all" else kill)(pid, number)
         out = process.communicate(timeout=60)[0]

@@ -446,9 +446,12 @@ def test_a_tracked_run_goes_on_as_itself(run, tmp_path):
     wandb.parent.mkdir(parents=True)
     log = tmp_path / "log"
     wandb.write_text(f"""
+finished = []
+def finish():  # a run before, in the same process
+    finished.append(1)
 def init(**options):
+    assert finished
     print(options["id"], options["name"], options["resume"], file=open({str(log)!r}, "a"))
-    assert options["reinit"]  # else one of two in a process would go on with the other's
 """)
     options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "anneal_lr": False}
     for run_dir in ("a/r", "b/r"):
@@ -462,7 +465,7 @@ def init(**options):
         ("raise RuntimeError('not\\nlogged in')", "not logged in"),
         ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
     ):
-        wandb.write_text(f"def init(**options):\n    {error}\n")
+        wandb.write_text(f"def finish(): pass\ndef init(**options):\n    {error}\n")
         words = flags(**options, run_dir="c", track=True)
         done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
         assert done.returncode == 2 and done.stderr == f"error: --track: {said}\n"

@@ -220,6 +220,14 @@ class Whim(Counter):
         return self.action_space.sample().astype(np.float64), *super().step(action)[1:]
 
 
+class Drawing(gym.Wrapper):
+    """Shows, to begin with, an action that it draws from the space of the wrapper below."""
+
+    def reset(self, *, seed=None, options=None):
+        self.env.reset(seed=seed)
+        return self.env.action_space.sample(), {}
+
+
 class Threads(Counter):
     """Its observation is how many threads PyTorch has."""
 
@@ -292,6 +300,9 @@ for kind, discrete in (("", False), ("-discrete", True)):
             f"Broken-{where}{kind}-v0", Broken, kwargs={"where": where, "discrete": discrete}
         )
     gym.register(f"Words{kind}-v0", Words, kwargs={"discrete": discrete})
+gym.register(
+    "Wrapped-v0", lambda: Drawing(gym.wrappers.RescaleAction(Whim(), *np.float32([-2, 2])))
+)
 for cls in (
     Shaped,
     Buttons,
