@@ -46,6 +46,16 @@ CASES = {
     "dqn-all": (dqn_atari, DQN | PIXELS),
 }
 each_case = pytest.mark.parametrize("script, options", CASES.values(), ids=CASES)
+each_script = pytest.mark.parametrize(
+    "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
+)
+LONGEST = "test_resume test_dqn test_ppo_training test_sac test_common test_benchmarks".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Longest modules first, so that both workers end together."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.module.__name__, len(LONGEST)))
 
 
 @pytest.fixture(params=[ppo_continuous, ppo_discrete], ids=lambda module: module.SCRIPT)
@@ -118,7 +128,8 @@ def hidden_gpu(request) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def run(request):
     """As run_script, in a process that finds all libraries imported already."""
-    options = {"stdin": -1, "stdout": -1, "text": True, "env": os.environ | hidden_gpu(request)}
+    options = {"stdin": -1, "stdout": -1, "text": True}
+    options["env"] = os.environ | hidden_gpu(request) | {"COLUMNS": "300"}  # of --help
     with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, **options) as process:
 
         def call(script: str, *args, cwd: Path, check=True, meanwhile=None) -> SimpleNamespace:
@@ -154,9 +165,11 @@ def kill_after_checkpoint(
 
     def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            while saved() < enough:
+            last = now = None
+            while now == last or saved() < enough:  # read only once it is another
                 os.kill(pid, 0)  # raises once it has ended
                 time.sleep(0.02)
+                last, now = now, checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
             time.sleep(random.uniform(0, 0.1))
             os.kill(pid, signal.SIGKILL)
 

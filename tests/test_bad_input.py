@@ -88,8 +88,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, script, words, why
     assert time.perf_counter() - start < 30  # a hang, not a speed
 
 
-def test_unknown_flags_are_refused(tmp_path, ppo):
-    done = run_script(f"{ppo.SCRIPT}.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
+def test_unknown_flags_are_refused(run, tmp_path, ppo):
+    done = run(f"{ppo.SCRIPT}.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "--learning-rate" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -144,9 +144,8 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", [path.name for path in sorted(ROOT.glob("*_*.py"))])
-def test_help_says_what_every_flag_does(tmp_path, script, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    text = " ".join(run_script(script, "--help", cwd=tmp_path).stdout.split())
+def test_help_says_what_every_flag_does(run, tmp_path, script):
+    text = " ".join(run(script, "--help", cwd=tmp_path).stdout.split())
     for name, (_, about) in read_args(script).items():
         assert f"--{name.replace('_', '-')}" in text and " ".join(about.split()) in text
 

@@ -338,6 +338,7 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
         num_steps=64,
         eval_episodes=1,
         num_minibatches=4,
+        update_epochs=1,
         compile=False,
         run_dir="r",
         seed=7,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CASES, PPO, scalars
+from conftest import CASES, PPO, each_script, scalars
 
 import dqn_atari
 import ppo_continuous
@@ -19,9 +19,6 @@ from common.tensors import flatten_parameters, functional
 SHORT = {"total_timesteps": 128, "eval_episodes": 1}
 PENDULUM = PPO | SHORT | {"env_id": "Pendulum-v1", "compile": False}
 SAC_MLP, DQN_CNN = sac_continuous.mlp, dqn_atari.nature_cnn
-each_script = pytest.mark.parametrize(
-    "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
-)
 
 
 def test_a_frozen_parameter_is_not_trained_unasked():

@@ -18,7 +18,6 @@ from conftest import (
     assert_killed_ends_as_whole,
     assert_same,
     flags,
-    run_script,
     scalars,
 )
 from hypothesis import given, settings
@@ -806,7 +805,8 @@ LEARN |= {"eval_episodes": 50, "eval_e": 0.0, "compile": False, "run_dir": "r"}
 @pytest.mark.parametrize(
     "env_id, options",
     [
-        ("Catch", {}),
+        ("SmallCatch", {}),
+        pytest.param("Catch", {}, marks=SLOW),
         ("SmallCatch", ALL | {"loss": "huber", "max_grad_norm": 10.0}),
         *(
             pytest.param("SmallCatch", {name: value}, marks=SLOW, id=name)
@@ -835,7 +835,7 @@ def test_learns_to_catch(env_id, options):
 def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
-    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1600, "seed": 3}
+    options |= {"checkpoint_every": 100, "eval_every": 300, "total_timesteps": 800, "seed": 3}
     assert_killed_ends_as_whole("dqn_atari.py", options, tmp_path, run)
 
 
@@ -849,19 +849,19 @@ def test_saving_and_evaluating_do_not_change_training():
     assert_same(*agents)
 
 
-def test_atari_trains_resumes_and_evaluates(tmp_path, monkeypatch):
+def test_atari_trains_resumes_and_evaluates(run, tmp_path, monkeypatch):
     """Breakout, in processes of their own; the evaluation repeats itself."""
     options = SHORT | {"env_id": "ALE/Breakout-v5", "num_envs": 2, "checkpoint_replay": True}
     options |= {"total_timesteps": 240, "eval_episodes": 2, "run_dir": str(tmp_path / "r")}
     options |= {"exploration_fraction": 0.0, "checkpoint_every": 80}
-    out = run_script("dqn_atari.py", *flags(**options), cwd=tmp_path).stdout
+    out = run("dqn_atari.py", *flags(**options), cwd=tmp_path).stdout
     assert "Atari protocol" in out and "clipped for learning; sticky actions 0\n" in out
     words = ["--resume", "r", "--total-timesteps", 400]
-    out = run_script("dqn_atari.py", *words, cwd=tmp_path).stdout
+    out = run("dqn_atari.py", *words, cwd=tmp_path).stdout
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 400
     (line,) = re.findall("^evaluation of 2 episodes.*$", out, re.M)
     assert "done: r" in out and "new episodes" not in out
-    assert run_script("dqn_atari.py", "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
+    assert run("dqn_atari.py", "--evaluate", "r", cwd=tmp_path).stdout.strip() == line
     agent = dqn.load_agent(tmp_path / "r")
     assert int(agent.act(np.zeros((4, 84, 84), np.uint8))) in range(4)
     monkeypatch.setattr(arguments.signal, "signal", lambda *_: None)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_same, command, flags, run_script, scalars
+from conftest import ROOT, assert_same, command, flags, scalars
 
 import ppo_continuous
 import ppo_discrete
@@ -41,10 +41,10 @@ def simple(ppo) -> str:
     "ppo, env_id, steps",
     [(ppo_continuous, "InvertedPendulum-v5", 40_960), (ppo_discrete, "CartPole-v1", 51_200)],
 )
-def test_learns_to_balance_a_pole(tmp_path, ppo, env_id, steps):
+def test_learns_to_balance_a_pole(run, tmp_path, ppo, env_id, steps):
     """With the defaults, which publish 963 (a random policy: 6) and 500 (22) after ten times as many."""
     words = flags(env_id=env_id, total_timesteps=steps, run_dir="r")
-    run_script(f"{ppo.SCRIPT}.py", *words, cwd=tmp_path)
+    run(f"{ppo.SCRIPT}.py", *words, cwd=tmp_path)
     returns = [value for _, value in scalars(tmp_path / "r")["charts/episodic_return"]]
     assert np.mean(returns[:50]) < 30
     assert np.mean(returns[-20:]) > 150
@@ -60,6 +60,8 @@ def test_learns_to_balance_a_pole(tmp_path, ppo, env_id, steps):
 )
 def test_value_at_time_limits(ppo, end, expected):
     """Rewards 0, 0, 1, 1, 1: cut off, with the future of where it was; ended, with none."""
+    if ppo is ppo_discrete and end != "truncated":
+        pytest.skip("the same lines")
     args = ppo.Args(
         env_id=f"toy_envs:Counter-{end}{pick(ppo, '', '-discrete')}-v0",
         num_envs=4,
@@ -462,11 +464,11 @@ def test_hidden_sizes_may_be_a_list(ppo):
     ppo.check_args(ppo.Args(env_id=simple(ppo), hidden_sizes=[8, 8]))
 
 
-def test_the_run_folder_holds_what_it_should(tmp_path, ppo):
+def test_the_run_folder_holds_what_it_should(run, tmp_path, ppo):
     options = SHORT | {"num_envs": 2}
     del options["run_dir"]
     arguments = flags(env_id=simple(ppo), total_timesteps=640, **options)
-    said = run_script(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path).stdout
+    said = run(f"{ppo.SCRIPT}.py", *arguments, cwd=tmp_path).stdout
     assert "640 steps, seed 1, cpu (no CUDA here), 1 thread(s), eager" in said
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"{simple(ppo)}__{ppo.SCRIPT}__1__")

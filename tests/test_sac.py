@@ -16,7 +16,6 @@ import torch.nn as nn
 from conftest import (
     assert_killed_ends_as_whole,
     assert_same,
-    run_script,
     scalars,
 )
 from hypothesis import given, settings
@@ -596,7 +595,6 @@ def test_training_stores_the_real_last_observation(monkeypatch, end, num_envs):
     [
         ("truncated", [8.1, 9.0, 10.0, 10.0, 10.0]),  # not what follows the reset
         ("terminated", [0.81 * 2.71, 0.9 * 2.71, 2.71, 1.9, 1.0]),
-        ("both", [0.81 * 2.71, 0.9 * 2.71, 2.71, 1.9, 1.0]),
     ],
 )
 def test_value_at_time_limits(end, expected):
@@ -644,7 +642,8 @@ def test_learns_to_swing_a_pendulum_up(options, monkeypatch):
 def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"buffer_size": 500, "seed": 3} | options
-    options |= {"checkpoint_every": 100, "eval_every": 600, "total_timesteps": 1200}
+    options |= {"checkpoint_every": 100, "eval_every": 300}
+    options["total_timesteps"] = 1200 if options["compile"] else 700  # more than it keeps
     options |= {"env_id": "Pendulum-v1", "learning_starts": 50}
     assert_killed_ends_as_whole("sac_continuous.py", options, tmp_path, run)
 
@@ -726,13 +725,13 @@ def test_asynchronous_environments_train_the_same():
     assert_same(*replays)
 
 
-def test_evaluation_from_the_checkpoint_equals_the_one_in_training(tmp_path, capsys):
+def test_evaluation_from_the_checkpoint_equals_the_one_in_training(run, tmp_path, capsys):
     """In a new process; and the tags that a run leaves."""
     options = SHORT | {"total_timesteps": 600, "eval_episodes": 3, "run_dir": str(tmp_path / "r")}
     sac.train(sac.Args(env_id="Hopper-v5", **options))
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("evaluation of 3"))
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
-    done = run_script("sac_continuous.py", "--evaluate", "r", cwd=tmp_path)
+    done = run("sac_continuous.py", "--evaluate", "r", cwd=tmp_path)
     assert done.stdout.strip() == line
     assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before
     assert "charts/SPS" in EventAccumulator("r").Reload().Tags()["scalars"]
