@@ -60,8 +60,6 @@ def test_learns_to_balance_a_pole(run, tmp_path, ppo, env_id, steps):
 )
 def test_value_at_time_limits(ppo, end, expected):
     """Rewards 0, 0, 1, 1, 1: cut off, with the future of where it was; ended, with none."""
-    if ppo is ppo_discrete and end != "truncated":
-        pytest.skip("the same lines")
     args = ppo.Args(
         env_id=f"toy_envs:Counter-{end}{pick(ppo, '', '-discrete')}-v0",
         num_envs=4,
