@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -296,8 +296,10 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
             env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)
     returns, lengths = [0.0] * args.eval_episodes, [0] * args.eval_episodes
     epsilon, precision = getattr(args, "eval_e", 0.0), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # as fast on one row, and the same everywhere
-    with closing(env):
+    with ExitStack() as on_exit:
+        on_exit.callback(env.close)
+        on_exit.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")  # as fast on one row, the same everywhere
         for i in range(args.eval_episodes):
             stream = args.seed, "eval", first + i
             _seed_spaces(env, stream_seed(*stream, 0))
@@ -312,5 +314,4 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
                 lengths[i] += 1
                 if filming and lengths[i] == 3000 and env.recording:  # into memory
                     env.stop_recording()
-    torch.set_float32_matmul_precision(precision)
     return returns, lengths

@@ -29,9 +29,12 @@ def seed_process(seed: int, *index: int) -> None:
 def kept_generators():
     """Put the process-wide generators on the CPU back as they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    for put_back, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states):
-        put_back(state)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class Streams(dict):

@@ -184,19 +184,28 @@ def test_evaluation_draws_from_process_wide_generators_the_same_and_leaves_them(
     """For environments that draw from these."""
 
     def states():
-        return str((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+        generators = random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()
+        return str((generators, torch.get_float32_matmul_precision()))
 
     def act(obs):
         seen[-1].append(obs.tolist())
         return np.zeros(1)
 
+    def fail(obs):
+        raise ValueError
+
     seen, args = [], Args(env_id="toy_envs:Dice-v0", eval_episodes=2)
+    torch.set_float32_matmul_precision("medium")
     for seed in (1, 1, 2):
         torch.manual_seed(len(seen)), random.seed(len(seen)), np.random.seed(len(seen))
         before = states()
         seen.append([])
         envs.play(act, dataclasses.replace(args, seed=seed), Path())
         assert states() == before
+        with pytest.raises(ValueError):
+            envs.play(fail, args, Path())
+        assert states() == before
+    torch.set_float32_matmul_precision("highest")
     assert seen[0] == seen[1] and len({x for obs in seen[0] + seen[2] for x in obs}) == 60
 
 
