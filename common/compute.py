@@ -3,6 +3,7 @@
 import ctypes
 import inspect
 import os
+import platform
 import re
 import sys
 import warnings
@@ -61,9 +62,12 @@ def setup_torch(args, faster: str) -> torch.device:
     if args.bf16 and args.evaluate is None:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
             fail("--bf16: this GPU does not compute in bfloat16")
-        onednn = torch.backends.mkldnn.is_available()
-        if device.type == "cpu" and not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            print("--bf16: this processor has no bfloat16, which makes it many times slower")
+        native = torch.backends.mkldnn.is_available()
+        native = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if platform.machine() == "x86_64":  # there oneDNN counts what it imitates with AVX-512
+            native = native and torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cpu" and not native:
+            print("--bf16: this processor has no bfloat16, which makes it far slower")
     args.num_threads = args.num_threads or (MOST_THREADS if large else 1)
     # Adam's averages of a dead unit decay below 1e-38, where arithmetic is far slower. Set before
     # PyTorch's threads begin, which inherit it
@@ -161,7 +165,8 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
                 lines.append(f"return {node.args[0]}")
         exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
         got, expected = names["traced"](*examples), untraced(*examples)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        # a resumed run must decide as it did at first: rounding is far below 1e-2, a mistake above
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
     except Exception as error:  # whatever the network does that cannot be traced
         print(f"acting in PyTorch, which is slower than in NumPy: {error!r:.60}")
         return untraced

@@ -5,9 +5,12 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,7 @@ REPLAY = {"num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size"
 REPLAY |= {"log_every": 20, "checkpoint_replay": True, "num_threads": 1}
 DQN = REPLAY | {"double": True, "dueling": True, "prioritized": True, "n_step": 3}
 PIXELS = {"env_id": "pixel_envs:SmallCatch-v0", "max_grad_norm": 1.0}
+PIXELS |= {"target_network_frequency": 60}  # so that it moves
 CASES = {
     "ppo": (ppo_continuous, PPO | {"env_id": "Pendulum-v1"}),
     "ppo-squash": (ppo_continuous, PPO | {"env_id": "Pendulum-v1", "squash": True}),
@@ -49,6 +53,12 @@ each_case = pytest.mark.parametrize("script, options", CASES.values(), ids=CASES
 each_script = pytest.mark.parametrize(
     "script, options", [CASES[x] for x in ("ppo", "ppo-discrete", "sac", "dqn-all")]
 )
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++"))
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="needs a C++ compiler and Python's headers",
+)
+needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 LONGEST = "test_resume test_dqn test_ppo_training test_sac test_common test_benchmarks".split()
 
 
@@ -97,15 +107,17 @@ def run_script(script: str, *args, cwd: Path, check: bool = True) -> subprocess.
     return done
 
 
-# imports once what takes seconds, then forks a process for every line of [script, words, cwd, path]
+# imports once what takes seconds, then forks a process for every line of what it is to run, and how
 FORK = """
-import json, os, runpy, sys
+import json, os, runpy, socket, sys, time
 import common.arguments, common.tensors, gymnasium.envs.mujoco.mujoco_env, torch._inductor
 print("ready", flush=True)
 for line in sys.stdin:
-    script, words, cwd, path = json.loads(line)
+    script, words, cwd, path, environment = json.loads(line)
     if not (child := os.fork()):
-        os.chdir(cwd)
+        os.chdir(cwd), os.environ.clear(), os.environ.update(environment)
+        # events of one second are read in the order of their files' names: host, then process
+        socket.gethostname = lambda: str(time.time_ns())
         for number in (1, 2):
             os.dup2(os.open(f"{cwd}.{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.argv, sys.path[:0] = [script, *words], path
@@ -120,27 +132,31 @@ for line in sys.stdin:
 """
 
 
-def hidden_gpu(request) -> dict[str, str]:
-    """What hides a GPU from all tests but test_cuda.py's: they look into runs as the CPU has them."""
-    return {} if request.module.__name__ == "test_cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.fixture(scope="module")
-def run(request):
+@pytest.fixture(scope="session")
+def run():
     """As run_script, in a process that finds all libraries imported already."""
     options = {"stdin": -1, "stdout": -1, "text": True}
-    options["env"] = os.environ | hidden_gpu(request) | {"COLUMNS": "300"}  # of --help
     with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, **options) as process:
 
         def call(script: str, *args, cwd: Path, check=True, meanwhile=None) -> SimpleNamespace:
             """`meanwhile`, if given, is called with the process's number while it runs."""
             path = [str(ROOT), str(cwd / "hidden"), str(ROOT / "tests")]
             line = [str(ROOT / script), [str(arg) for arg in args], str(cwd), path]
+            line.append(os.environ | {"COLUMNS": "300"})  # of --help
             print(json.dumps(line), file=process.stdin, flush=True)
             pid = int(process.stdout.readline())
-            if meanwhile:
-                meanwhile(pid)
-            code = int(process.stdout.readline())
+            watchdog = threading.Timer(300, os.kill, (pid, signal.SIGKILL))
+            watchdog.start()
+            try:
+                if meanwhile:
+                    meanwhile(pid)
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                raise
+            finally:  # its line is read in any case, else the next call would
+                code = int(process.stdout.readline())
+                watchdog.cancel()
             out, err = (cwd.with_name(f"{cwd.name}.{n}").read_text() for n in (1, 2))
             assert not check or code == 0, out + err
             return SimpleNamespace(returncode=code, stdout=out, stderr=err)
@@ -168,9 +184,9 @@ def kill_after_checkpoint(
             last = now = None
             while now == last or saved() < enough:  # read only once it is another
                 os.kill(pid, 0)  # raises once it has ended
-                time.sleep(0.02)
+                time.sleep(0.005)
                 last, now = now, checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-            time.sleep(random.uniform(0, 0.1))
+            time.sleep(random.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
 
     done = run(script, *words, cwd=cwd, check=False, meanwhile=kill)
@@ -243,19 +259,26 @@ def assert_killed_ends_as_whole(script: str, options: dict, cwd: Path, run):
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(request, tmp_path, monkeypatch):
-    """Tests write where they may, and see a GPU where they should."""
+    """Tests write where they may, see a GPU where they should, and no repository of the user's."""
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     # events of one second are read in the order of their files' names, in which 10 is before 9
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
-    for name, value in hidden_gpu(request).items():
-        monkeypatch.setenv(name, value)  # for the processes that they start
+    if request.module.__name__ != "test_cuda":  # others look into runs as the CPU has them
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that they start
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    """A script's own, which `parse_args` sets, stay in the test that runs one in this process."""
+def handlers_and_settings():
+    """A script's own, which it sets, stay in the test that runs one in this process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
-from conftest import ROOT, read_args, run_script
+from conftest import ROOT, each_script, read_args, run_script
 
+from common import compute, envs
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 CASES = {
@@ -48,7 +49,7 @@ CASES = {
     "--resume a --evaluate b": "exclude each other",
     "--resume nowhere --gamma 0.5": "--gamma",
     "--run-dir taken": "exists already; there is no run to resume in it",
-    f"--run-dir {__file__}/run": "nothing can be written into",
+    "--run-dir hidden/wandb/__init__.py/run": "nothing can be written into",
     "--track": "pip install wandb",
     "--capture-video": "pip install",
     "--device cuda": "no CUDA device",
@@ -86,6 +87,15 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, script, words, why
     assert len(lines) == 1 and lines[0].startswith("error: ") and why in lines[0], done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "hidden"}
     assert time.perf_counter() - start < 30  # a hang, not a speed
+
+
+@each_script
+def test_bad_input_is_refused_before_anything_that_takes_long(script, options, monkeypatch):
+    for module, name in ((envs, "Environments"), (compute, "setup_torch"), (compute, "to_numpy")):
+        monkeypatch.setattr(module, name, pytest.fail)
+    with pytest.raises(SystemExit) as stopped:
+        script.train(script.Args(**options | {"gamma": 2.0}))
+    assert stopped.value.code == 2
 
 
 def test_unknown_flags_are_refused(run, tmp_path, ppo):

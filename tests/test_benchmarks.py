@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, assert_same, scalars
+from conftest import ROOT, assert_same, needs_git, scalars
 from torch.utils.tensorboard import SummaryWriter
 
 import dqn_atari
@@ -936,7 +938,7 @@ def test_results_without_a_finished_episode_have_no_figures(monkeypatch, recwarn
     assert results.rows("a")[-1] == "| Hopper-v5 | 1,000,000 | - | - | - | - |"
     scores, missing = plots.normalised(results.read_folder(Path("results/a")))
     assert not scores and missing == ["Hopper-v5: a run has no finished episode"]
-    assert not recwarn.list
+    assert not [x for x in recwarn.list if issubclass(x.category, RuntimeWarning)]
 
 
 def test_the_folder_where_one_is_may_be_drawn(monkeypatch, tmp_path):
@@ -1093,6 +1095,7 @@ def test_torchrl_on_the_cpu_is_not_compared_with_a_gpu(monkeypatch, capsys):
     assert "--peer torchrl: computes on the CPU here" in capsys.readouterr().err
 
 
+@needs_git
 @pytest.mark.parametrize(
     "script, env_id, name, theirs, num_envs",
     [
@@ -1141,7 +1144,9 @@ def test_cleanrl_does_the_same_work_with_its_own_python(
     assert f"{arguments.flag(extra)} " in line
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only the peak is known")
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
+    gc.collect()  # of other tests, which would be freed meanwhile
     memory.memory("dqn_atari", "pixel_envs:Catch-v0", 8000, tmp_path / "memory.json")
     *lines, _, saved, written = [line.split() for line in capsys.readouterr().out.splitlines()]
     content = json.loads(Path(*written).read_text())
@@ -1203,7 +1208,9 @@ def assert_same_results(folder: Path, expected: Path) -> None:
 def test_a_run_is_the_command_that_a_user_would_type(undisturbed, tmp_path, monkeypatch, capsys):
     log = (undisturbed / "1.log").read_text()
     flags = f"--env-id Pendulum-v1 --seed 1 {FLAGS} --num-threads 1"
-    assert re.match(rf"\$ python \S*ppo_continuous.py {flags} --run-dir {undisturbed}/1\n", log)
+    begin, python, script, *rest = shlex.split(log.splitlines()[0])
+    assert [begin, python, Path(script).name] == ["$", "python", "ppo_continuous.py"]
+    assert rest == [*flags.split(), "--run-dir", f"{undisturbed}/1"]
     now = run.read_progress(log)
     assert now.step == now.total == 2048 and now.recent_return < 0
     config = json.loads((undisturbed / "1.json").read_text())
@@ -1237,8 +1244,9 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
     logs = [folder / "1.log", folder / "2.log"]
     process, pids = start_runner()
     wait_for(" steps/s ", logs[0])
-    saved = (folder / "1" / "checkpoint.pt").stat().st_mtime_ns
-    while (folder / "1" / "checkpoint.pt").stat().st_mtime_ns == saved:
+    for _ in range(6000):
+        if load_checkpoint(folder / "1" / "checkpoint.pt")["global_step"]:
+            break
         time.sleep(0.002)
     for pid in (process.pid, *pids):
         os.kill(pid, signal.SIGKILL)
@@ -1328,12 +1336,14 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     assert started == [("Acrobot-v1", seed) for seed in (4, 5)]
     most = 0
     monkeypatch.setattr(run, "available_memory", lambda: 20e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "available_cores", lambda: 8)
+        run.run("dqn_atari")
+        assert most == 2  # of 9 GB
+        most = 0
+        run.run("dqn_atari", threads=8)
+        assert most == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    run.run("dqn_atari")
-    assert most == 2  # of 9 GB
-    most = 0
-    run.run("dqn_atari", threads=8)
-    assert most == 1
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")  # of a container
     assert run.available_cores() == 2
@@ -1451,10 +1461,10 @@ if "--resume" in sys.argv:
     print("done:", sys.argv[-1])
     raise SystemExit
 signals = []
-def stop(*_):  # as a script's
-    if signals and time.monotonic() - signals[0] > 0.2:
+def stop(number, _):  # as a script's, but without its clock: a scheduler's SIGTERM comes twice
+    if signals and number == signal.SIGINT:
         os._exit(1)
-    signals.append(time.monotonic())
+    signals.append(number)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, stop)
 folder = pathlib.Path(sys.argv[-1])

@@ -22,7 +22,7 @@ import threadpoolctl
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import CASES, ROOT, assert_same, each_case, read_args
+from conftest import CASES, ROOT, assert_same, each_case, needs_git, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -84,6 +84,9 @@ def play(environments, actions: list[np.ndarray]) -> list[list[np.ndarray]]:
 def test_environments_are_found_again_exactly(env_id, vectorization, tmp_path, capsys):
     """Observations, rewards and ends, through resets, in environments made anew."""
     first, second = (make(env_id, vectorization=vectorization) for _ in range(2))
+    if env_id in MUJOCO and vectorization == "sync":  # the third episode is the one found again
+        for env in (*first.vector_env.envs, *second.vector_env.envs):
+            env.set_wrapper_attr("_max_episode_steps", 20)
     actions = sample_actions(first, 300)
     play(first, actions[:47])
     first.finished_episodes()
@@ -100,7 +103,7 @@ def test_environments_are_found_again_exactly(env_id, vectorization, tmp_path, c
     assert second.finished_episodes() == rest
     ends = sum(sum(a | b) for *_, a, b in expected)
     assert len(rest) == ends
-    assert rest or env_id not in ("Hopper-v5", "CartPole-v1", "toy_envs:Opaque-v0")
+    assert rest or env_id not in (*MUJOCO, "CartPole-v1", "toy_envs:Opaque-v0")
     first.close()
     second.close()
 
@@ -479,6 +482,7 @@ def test_the_fingerprint_of_code_is_of_the_script_and_common_alone(tmp_path, mon
     assert len(set(seen[:3])) == 3 and seen[2] == seen[3] == seen[4]
 
 
+@needs_git
 def test_the_commit_of_a_run_says_if_scripts_had_changed_or_were_new(tmp_path, monkeypatch):
     def git(*words):
         done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, check=True)
@@ -549,6 +553,14 @@ def test_convolutions_act_in_pytorch_as_is_expected_of_them(script, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_rounding_does_not_decide_where_it_acts(capsys):
+    """A resumed run, whose weights are others, is to decide as it did at first."""
+    layer, x = nn.Linear(512, 64).requires_grad_(False), 3e3 * torch.randn(1, 512)
+    offset = layer(x)  # what is left of it is rounding
+    act = to_numpy(lambda x: (layer(x) - offset,), SimpleNamespace(compile=True), x)
+    assert act.__name__ == "traced" and not capsys.readouterr().out
+
+
 def test_bounds_are_within_those_of_the_space_and_in_order():
     space = gym.spaces.Box(np.array([0.1, -0.3, 0.7]), np.array([0.1, 0.3, 0.7]), dtype=np.float64)
     low, high = (x.numpy() for x in bounds(space))
@@ -604,18 +616,27 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "native, evaluate, warned",
-    [(False, None, True), (None, None, True), (True, None, False), (False, "r", False)],
+    "native, instruction, machine, evaluate, warned",
+    [
+        (False, False, "x86_64", None, True),
+        (None, True, "x86_64", None, True),
+        (True, True, "x86_64", None, False),
+        (True, False, "x86_64", None, True),  # imitated with AVX-512
+        (True, False, "aarch64", None, False),
+        (False, False, "x86_64", "r", False),
+    ],
 )
 def test_bfloat16_that_is_emulated_is_said_to_be_slow(
-    native, evaluate, warned, monkeypatch, capsys
+    native, instruction, machine, evaluate, warned, monkeypatch, capsys
 ):
     """None: PyTorch without oneDNN, which cannot be asked."""
     ask = pytest.fail if native is None else lambda: native
+    monkeypatch.setattr(compute.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: native is not None)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", ask)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", ask, raising=False)
     compute.setup_torch(sac_continuous.Args(bf16=True, device="cpu", evaluate=evaluate), "cuda")
-    assert ("many times slower" in capsys.readouterr().out) == warned
+    assert ("far slower" in capsys.readouterr().out) == warned
 
 
 def test_what_fails_as_it_may_is_one_line(capsys):
@@ -1023,7 +1044,7 @@ def test_observations_may_be_views_that_run_backwards(script, options):
 
 def test_a_mistake_in_a_users_environment_is_said_to_be_there(capsys):
     for env_id, said in (
-        ("toy_envs:Mistaken-v0", r"no attribute 'size' \(\S*toy_envs.py, line \d+\)\n"),
+        ("toy_envs:Mistaken-v0", r"no attribute 'size' \(.*toy_envs.py, line \d+\)\n"),
         ("Missing-v0", r"error: --env-id Missing-v0: [^(]*\n"),
         ("ALE/breakout-v5", "; games are spelled as ALE/Breakout-v5\n"),
     ):

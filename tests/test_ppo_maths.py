@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, Independent, Normal, TransformedDistribution
@@ -297,6 +298,7 @@ def test_update_equals_autograd_with_torch_optim_adam(ppo, max_grad_norm):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@needs_compiler
 @pytest.mark.parametrize("options", [{"squash": True}, {}])
 @torch.no_grad()
 def test_compiled_and_eager_agree_over_a_whole_update_and_compile_once(options):

@@ -16,6 +16,7 @@ import torch.nn as nn
 from conftest import (
     assert_killed_ends_as_whole,
     assert_same,
+    needs_compiler,
     scalars,
 )
 from hypothesis import given, settings
@@ -304,6 +305,7 @@ def test_updates_equal_autograd_with_torch_optim_adam(autotune):
     torch.testing.assert_close(end["alpha"], plain.log_alpha.detach(), rtol=1e-5, atol=1e-6)
 
 
+@needs_compiler
 @torch.no_grad()
 def test_compiled_updates_equal_eager_ones_and_compile_once():
     results = []
@@ -612,6 +614,7 @@ FAST = {"total_timesteps": 10_000, "hidden_sizes": (64, 64), "batch_size": 128, 
 FAST |= {"policy_lr": 1e-3, "q_lr": 2e-3, "tau": 0.01}
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     "options", [FAST, pytest.param({"total_timesteps": 20_000}, marks=SLOW, id="defaults")]
 )
@@ -636,7 +639,10 @@ def test_learns_to_swing_a_pendulum_up(options, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_envs": 2, "bf16": True}, {"compile": True}],
+    [
+        {"num_envs": 2, "bf16": True, "policy_frequency": 3, "target_network_frequency": 3},
+        {"compile": True},
+    ],
     ids=["eager", "compiled"],
 )
 def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
