@@ -39,7 +39,7 @@ REPLAY = {"num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size"
 REPLAY |= {"log_every": 20, "checkpoint_replay": True, "num_threads": 1}
 DQN = REPLAY | {"double": True, "dueling": True, "prioritized": True, "n_step": 3}
 PIXELS = {"env_id": "pixel_envs:SmallCatch-v0", "max_grad_norm": 1.0}
-PIXELS |= {"target_network_frequency": 60}  # so that it moves
+PIXELS |= {"target_network_frequency": 48}  # so that it moves
 CASES = {
     "ppo": (ppo_continuous, PPO | {"env_id": "Pendulum-v1"}),
     "ppo-squash": (ppo_continuous, PPO | {"env_id": "Pendulum-v1", "squash": True}),

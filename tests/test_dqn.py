@@ -838,7 +838,7 @@ def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""
     options = SHORT | {"num_envs": 2, "buffer_size": 300, "checkpoint_replay": True} | options
     options |= {"checkpoint_every": 100, "eval_every": 300, "total_timesteps": 800, "seed": 3}
-    options |= {"target_network_frequency": 60}  # moves on both sides of a kill
+    options |= {"target_network_frequency": 48}  # moves on both sides of a kill
     assert_killed_ends_as_whole("dqn_atari.py", options, tmp_path, run)
 
 
