@@ -207,7 +207,7 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
     log_prob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
     if squash:  # of tanh(u): the entropy adds E[tanh_log_det(u)], by quadrature, u [B, A, 32]
-        u = mean[..., None] + log_std.exp()[:, None] * mean.new_tensor(tensors.NODES)
+        u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(tensors.NODES)
         entropy = entropy + tanh_log_det(u) @ mean.new_tensor(tensors.WEIGHTS)
         log_prob = log_prob - tanh_log_det(action)
     return log_prob.sum(-1), entropy.sum(-1)

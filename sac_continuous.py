@@ -256,7 +256,7 @@ def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> 
     return (alpha * log_prob - q.amin(0)).mean()
 
 
-def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: float):
+def alpha_loss(log_alpha, log_prob: torch.Tensor, target_entropy: float) -> torch.Tensor:
     """Equation 18: alpha rises where the entropy is below its target, and falls above it."""
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 

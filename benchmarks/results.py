@@ -221,7 +221,9 @@ def export(
     found = {path: result for some in by_folder.values() for path, result in some.items()}
     left = [path for path, result in found.items() if "evaluation" not in result.config]
     if named := [path for path in left if path in run_dirs]:
-        fail(f"{named[0]} is not finished; --resume {named[0]} continues it")
+        steps = found[named[0]].config["args"]["total_timesteps"]
+        what = f"--resume {named[0]} continues it, unless it was shortened by --total-timesteps"
+        fail(f"{named[0]} is not finished (of {steps:,} steps); {what}")
     if left:
         print(f"not finished, so left out: {', '.join(map(str, left))}")
     if len(left) == len(found):

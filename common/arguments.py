@@ -16,9 +16,9 @@ from common import atari, fail, failing
 from common.runs import ASKED, leave, load_run
 
 # what may be given anew; everything else comes from the run
-EITHER = "eval_episodes eval_e capture_video "
-ANEW = {"evaluate": EITHER + "render"}
-ANEW["resume"] = EITHER + "total_timesteps checkpoint_every eval_every track"
+EITHER = {"eval_episodes", "eval_e", "capture_video"}
+ANEW = {"evaluate": EITHER | {"render"}}
+ANEW["resume"] = EITHER | {"total_timesteps", "checkpoint_every", "eval_every", "track"}
 # arguments with a schedule over the whole run, which then cannot be made longer
 SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name
@@ -100,7 +100,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         return args, None
     tokens = [x.split("=")[0][2:].replace("-", "_") for x in sys.argv[1:] if x[:2] == "--"]
     given = {x if hasattr(args, x) else x.removeprefix("no_") for x in tokens} - {mode}
-    allowed = {name for name in ANEW[mode].split() if hasattr(args, name)}
+    allowed = {name for name in ANEW[mode] if hasattr(args, name)}
     if refused := given - allowed:
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
         fail(f"{flag(mode)} takes {refused} from the run; it accepts only {allowed}")

@@ -99,8 +99,13 @@ class AtariGames(VectorWrapper):
         actions = [np.array(x, np.uint8) for x in self.actions]
         return list(zip(self.episode.tolist(), actions))
 
-    def set_attr(self, name: str, histories: list[tuple[int, np.ndarray]]) -> None:
-        """Repeat the actions of each `history`; each game begins so that all get there at once."""
+    def set_attr(self, name: str, histories: list[tuple[int, np.ndarray] | None]) -> None:
+        """Repeat the actions of each `history`; each game begins so that all get there at once.
+
+        They step together, so one that is to stay as it is (None) repeats its own.
+        """
+        own = self.get_attr("history")
+        histories = [b if a is None else a for a, b in zip(histories, own)]
         longest = max(len(actions) for _, actions in histories)
         for left in range(longest, -1, -1):
             begin = np.array([len(actions) == left for _, actions in histories])

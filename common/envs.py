@@ -84,11 +84,16 @@ class Replayable(gym.Wrapper):
 
     @property
     def history(self) -> tuple[int, np.ndarray]:
-        """Number of the running episode and its actions so far; when set, they are repeated."""
+        """Number of the running episode and its actions so far.
+
+        When set, they are repeated; with None, all stays as it is.
+        """
         return self.episode, np.array(self.actions)
 
     @history.setter
-    def history(self, history: tuple[int, np.ndarray]) -> None:
+    def history(self, history: tuple[int, np.ndarray] | None) -> None:
+        if history is None:
+            return
         self.episode = history[0] - 1
         self.obs, _ = self.reset()
         try:
@@ -195,7 +200,7 @@ class Environments:
         self.lost = ~np.array(same) | long
         if self.lost.any():
             print("seed and actions replayed do not restore the environment: new episodes")
-            histories = [(e + 1, a[:0]) if x else (e, a) for x, (e, a) in zip(self.lost, histories)]
+            histories = [(e + 1, a[:0]) if x else None for x, (e, a) in zip(self.lost, histories)]
             self.vector_env.set_attr("history", histories)
         self.obs = np.stack(self.vector_env.get_attr("obs")).astype(saved.dtype)
         self.returns[:] = np.where(self.lost, 0, state["returns"])

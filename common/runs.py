@@ -350,7 +350,7 @@ class Run:
         save_checkpoint(self.dir / "checkpoint.pt", self.about | {"global_step": step} | state)
         self.saved = step
 
-    def require_finite(self, what: str, *values: np.ndarray | torch.Tensor) -> None:
+    def require_finite(self, what: str, *values: float | np.ndarray | torch.Tensor) -> None:
         """End a run gone wrong, which leaves its last good checkpoint."""
         if not all(torch.as_tensor(x).isfinite().all() for x in values):
             self.bar.close()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+# a stream's place here is part of its seed: add others at the end
 STREAMS = ("init", "env", "action", "minibatch", "replay", "eval", "python", "numpy")
 
 

@@ -124,7 +124,9 @@ class FlatAdam(nn.Module):
         self.register_buffer("exp_avg", torch.zeros_like(parameters))
         self.register_buffer("exp_avg_sq", torch.zeros_like(parameters))
 
-    def step(self, parameters: torch.Tensor, gradient: torch.Tensor, lr: torch.Tensor) -> None:
+    def step(
+        self, parameters: torch.Tensor, gradient: torch.Tensor, lr: float | torch.Tensor
+    ) -> None:
         """Step against `gradient` [P], in place; an `lr` that changes must be a tensor."""
         self.beta1_power *= 0.9
         self.beta2_power *= 0.999

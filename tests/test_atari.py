@@ -376,6 +376,11 @@ def test_games_are_found_again_exactly(tmp_path):
     fresh.set_attr("history", first.vector_env.get_attr("history"))
     assert np.array_equal(fresh.get_attr("obs"), first.obs)
     assert_same(play(fresh, actions), play(first, actions))
+    obs, *_ = play(fresh, actions[:1])[-1]
+    history = fresh.get_attr("history")
+    fresh.set_attr("history", [(0, history[0][1][:5]), None])  # the other stays where it was
+    assert [len(actions) for _, actions in fresh.get_attr("history")] == [5, len(history[1][1])]
+    assert np.array_equal(fresh.get_attr("obs")[1], obs[1])
 
 
 def test_evaluation_plays_whole_games():

@@ -380,7 +380,10 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
     with pytest.raises(SystemExit):
         results.export([ppo.train(args)], name="unfinished")
-    assert "unfinished is not finished; --resume" in capsys.readouterr().err
+    assert (
+        f"unfinished is not finished (of {args.total_timesteps:,} steps); --resume"
+        in capsys.readouterr().err
+    )
     shutil.copytree("unfinished", "folder/1")
     with pytest.raises(SystemExit):
         results.export([Path("folder")])

@@ -157,6 +157,17 @@ def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
     play(second, sample_actions(second, 30))
 
 
+def test_an_environment_that_was_found_is_not_reset_again_where_another_was_lost():
+    first, second = (make("toy_envs:Worn-v0", num_envs=2) for _ in range(2))
+    play(first, [np.array(x) for x in ([1, 0], [0, 0], [0, 0])])
+    second.load_state_dict(first.state_dict())  # each is reset twice: the second was once, before
+    assert second.lost.tolist() == [False, True]
+    assert second.obs.tolist() == [[2, 2], [3, 0]]
+    assert second.lengths.tolist() == [2, 0]
+    play(second, [np.array([0, 0])])
+    assert second.obs.tolist() == [[3, 0], [3, 1]]
+
+
 def test_an_episode_that_fails_when_repeated_is_lost(monkeypatch):
     """As one may whose actions are not allowed in every state."""
 

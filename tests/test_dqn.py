@@ -185,6 +185,23 @@ class Priorities:
         return leaves
 
 
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("n_step, num_envs", [(1, 2), (2, 8), (10, 8)])
+def test_the_smallest_replay_has_something_to_draw_when_begun_anew(n_step, num_envs, prioritized):
+    """With a truncation in every step of every environment but one, as many frames as can be."""
+    options = {"buffer_size": 2 * n_step * num_envs, "prioritized": prioritized, "batch_size": 4}
+    args = dqn.Args(num_envs=num_envs, n_step=n_step, **options)
+    replay, obs = dqn.Replay(args, (4, 2, 2), CPU), np.zeros((num_envs, 4, 2, 2), np.uint8)
+    truncated, no = np.arange(num_envs) > 0, np.zeros(num_envs, bool)
+    infos = {"over": truncated, "final_obs": np.array([None, *obs[1:]], object)}
+    replay.start(obs)
+    for _ in range(50):
+        replay.add(np.zeros(num_envs, int), np.zeros(num_envs), no, truncated, obs, infos)
+    replay.start(obs)
+    _, weights = replay.sample(1.0, torch.Generator())
+    assert complete_rows(replay) and weights.isfinite().all()
+
+
 @settings(deadline=None, max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -251,7 +268,7 @@ def test_replay_equals_one_of_whole_stacks(
             priorities.check()
     starts = 4 * num_envs * (1 + (lost < steps))  # of all stacks; then, each frame is kept once
     assert replay.num_frames == starts + steps * num_envs + naive.truncations
-    assert len(replay.frames) == 1 + math.ceil(1.02 * rows * num_envs) + 8 * num_envs
+    assert len(replay.frames) == 1 + math.ceil(1.02 * rows * num_envs) + 12 * num_envs
     pushed_out = replay.oldest - 1
     assert replay.oldest >= max(0, steps - rows)
     if lost >= steps and pushed_out >= max(

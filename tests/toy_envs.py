@@ -120,6 +120,21 @@ class Unseeded(Shaped):
         return obs, info
 
 
+class Worn(gym.Env):
+    """Shows how often it was reset, and how often it was stepped since."""
+
+    observation_space, action_space, resets = Box(0.0, 100.0, (2,), np.float32), Discrete(2), 0
+
+    def reset(self, *, seed=None, options=None):
+        self.resets, self.t = self.resets + 1, 0
+        return np.array([self.resets, 0], np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        ended = bool(action) or self.t >= 5 - self.resets
+        return np.array([self.resets, self.t], np.float32), 0.0, ended, False, {}
+
+
 class Flags(gym.Env):
     """MultiBinary actions, which no script takes."""
 
@@ -308,6 +323,7 @@ for cls in (
     Buttons,
     Opaque,
     Unseeded,
+    Worn,
     Flags,
     Pictures,
     Scalar,
