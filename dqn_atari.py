@@ -221,7 +221,7 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # 2%: every truncation keeps an extra frame (if more do, rows go early); 12: three starts
+        # 2%: a truncation keeps an extra frame (if more do, rows go early); 12: a start, four steps
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)

@@ -9,7 +9,7 @@ import torch
 
 from common import fail
 
-FORMAT, VERSION = "single-file-rl checkpoint", 9
+FORMAT, VERSION = "single-file-rl checkpoint", 10
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

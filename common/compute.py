@@ -165,8 +165,8 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
                 lines.append(f"return {node.args[0]}")
         exec(f"def traced({', '.join(inputs)}):\n " + "\n ".join(lines), names)
         got, expected = names["traced"](*examples), untraced(*examples)
-        # a resumed run must decide as it did at first: rounding is far below 1e-2, a mistake above
-        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+        # a resumed run must decide as it did at first: above rounding, below PPO's first means
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     except Exception as error:  # whatever the network does that cannot be traced
         print(f"acting in PyTorch, which is slower than in NumPy: {error!r:.60}")
         return untraced

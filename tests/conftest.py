@@ -155,15 +155,18 @@ def run():
                     os.kill(pid, signal.SIGKILL)
                 raise
             finally:  # its line is read in any case, else the next call would
-                code = int(process.stdout.readline())
+                ended = process.stdout.readline()
+                hung = not watchdog.is_alive()
                 watchdog.cancel()
+            assert not hung, f"{script} took more than five minutes"
+            code = int(ended)
             out, err = (cwd.with_name(f"{cwd.name}.{n}").read_text() for n in (1, 2))
             assert not check or code == 0, out + err
             return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
         assert process.stdout.readline() == "ready\n"  # tests may time their runs
         yield call
-        process.stdin.close()
+        process.kill()  # processes forked meanwhile may keep its stdin open
 
 
 def kill_after_checkpoint(

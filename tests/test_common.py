@@ -564,9 +564,19 @@ def test_convolutions_act_in_pytorch_as_is_expected_of_them(script, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_wrong_operation_is_noticed_even_in_ppos_first_policy(monkeypatch, capsys):
+    """Whose means are below 0.01, beside noise of 1."""
+    monkeypatch.setitem(compute.OPERATIONS, "tanh", "0 * {0}")
+    args, box = Args(), gym.spaces.Box(-1, 1, (6,))
+    agent = ppo_continuous.Agent((17,), box, args).requires_grad_(False)
+    to_numpy(agent.sample, args, torch.randn(1, 17), torch.ones(1, 6))
+    assert "acting in PyTorch" in capsys.readouterr().out
+
+
 def test_rounding_does_not_decide_where_it_acts(capsys):
     """A resumed run, whose weights are others, is to decide as it did at first."""
-    layer, x = nn.Linear(512, 64).requires_grad_(False), 3e3 * torch.randn(1, 512)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(512, 64).requires_grad_(False), 1e3 * torch.randn(1, 512)
     offset = layer(x)  # what is left of it is rounding
     act = to_numpy(lambda x: (layer(x) - offset,), SimpleNamespace(compile=True), x)
     assert act.__name__ == "traced" and not capsys.readouterr().out

@@ -934,9 +934,7 @@ def test_value_at_time_limits(end, n_step, expected):
         stacks[t, 3 - t :] = 200
     with torch.no_grad():
         values = agent.critic(stacks)
-    np.testing.assert_allclose(
-        values, np.transpose([expected] * 2), rtol=0.2
-    )  # with other seeds 0.1
+    np.testing.assert_allclose(values, np.transpose([expected] * 2), rtol=0.2)  # other seeds: 0.1
 
 
 @pytest.mark.parametrize("prioritized", [False, True])

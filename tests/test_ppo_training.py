@@ -363,7 +363,7 @@ def test_stacked_frames_train_alike_compiled_and_eagerly(monkeypatch):
         args = ppo_discrete.Args(**options)
         runs_of[compiled] = scalars(ppo_discrete.train(args))
         assert args.compile is compiled  # no compiler would leave nothing to compare
-    assert graphs == [graphs[0]] * 4 and graphs[0] > 0
+    assert graphs == [graphs[0]] * 4 and graphs[0] in (1, 2)  # one is the compiler's trial
     compiled, eager = runs_of[True], runs_of[False]
     assert compiled.keys() == eager.keys() and len(eager["losses/loss"]) == 2
     for tag, values in eager.items():
