@@ -121,7 +121,7 @@ class TwinLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, in_size], or [2, B, in_size], to [2, B, out_size]."""
-        return x @ self.weight + self.bias
+        return x.expand(2, -1, -1) @ self.weight + self.bias  # not expanded, weights are copied
 
 
 def mlp(layer: type, *sizes: int) -> tensors.Network:
