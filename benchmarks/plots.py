@@ -178,7 +178,9 @@ def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = ""
         x = np.linspace(0, min(own[i][-1] for i in np.flatnonzero(whole)), len(x) + 1)[1:]
     for times, seed in zip(own, returns, strict=True):
         axis.plot(times, seed, color=color, alpha=0.5, linewidth=0.5)
-    returns = np.stack([np.interp(x, *seed) for seed in zip(own, returns)])[whole]
+    # before the slowest seed's first window there is no mean
+    returns = [np.interp(x, *seed, left=np.nan) for seed in zip(own, returns)]
+    returns = np.stack(returns)[whole]
     low, high = np.transpose([results.interval(column) for column in returns.T])
     label = (
         f"mean of {len(returns)} seeds, 95% bootstrap interval" if len(returns) > 1 else "1 seed"
@@ -252,14 +254,14 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
     scores, missing = normalised(by_env)
     for reason in missing:
         print(f"not in the aggregate of {name}: {reason}")
-    if not scores:
-        return
-    if len(set(map(len, scores.values()))) > 1:
+    seeds = {len(x) for x in scores.values()}
+    if len(seeds) > 1:
         counts = ", ".join(f"{env_id} {len(x)}" for env_id, x in scores.items())
         print(f"no aggregate of {name}: as many seeds are needed everywhere ({counts})")
-        return
-    if max(map(len, scores.values())) == 1:
+    elif seeds == {1}:
         print(f"no aggregate of {name}: of one seed there is no interval")
+    if len(seeds) != 1 or seeds == {1}:
+        path.unlink(missing_ok=True)  # it would be of older results
         return
     try:
         from rliable import library, metrics
@@ -386,7 +388,9 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[s
     if len(pairs) == min(len(a), len(b)) and all(results.repeats(x, y) for x, y in pairs):
         return [("the same", f"the same to the last episode, {len(pairs)} seed(s)")]
     begins = [result.steps[-101] if len(result.steps) > 100 else 0 for result in a + b]
-    shares = {"in the end": f" (the last {1 - min(begins) / a[0].total:.0%})"}
+    ends = [result.config["evaluation"]["step"] for result in a + b]  # PPO plays whole rollouts
+    share = max(1 - begin / end for begin, end in zip(begins, ends))
+    shares = {"in the end": f" (the last {share:.0%})"}
     judged = []
     for when, measure in MEASURES.items():
         values = [[measure(result) for result in side] for side in (a, b)]

@@ -27,7 +27,7 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
     Episodes are those of an evaluation: whole games in Atari, unclipped.
 
     Args:
-        env_ids: environments; by default those of all suites.
+        env_ids: environments; by default those of all suites that are installed.
         episodes: episodes of each.
         seed: episode i and its actions are seeded from (seed, i).
     """
@@ -48,9 +48,12 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
         try:
             returns, _ = play(None, args, Path())
         except (gym.error.Error, ImportError) as error:
-            fail(f"--env-ids {env_id}: {error}")
+            if env_ids:
+                fail(f"--env-ids {env_id}: {error}")
+            print(f"{env_id} is left out: {error}")
+            continue
         figures = env_id, episodes, seed, f"{np.mean(returns):.6g}", f"{np.std(returns):.6g}"
         rows[env_id] = dict(zip(COLUMNS, (*figures, *map(version, COLUMNS[5:]))))
         print(f"{env_id}: {np.mean(returns):,.2f} ± {np.std(returns):,.2f}", flush=True)
-    lines = [COLUMNS, *(rows[env_id].values() for env_id in sorted(rows))]
-    results.write_text("".join(",".join(map(str, line)) + "\n" for line in lines), FILE)
+        lines = [COLUMNS, *(rows[name].values() for name in sorted(rows))]
+        results.write_text("".join(",".join(map(str, line)) + "\n" for line in lines), FILE)

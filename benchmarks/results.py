@@ -266,7 +266,8 @@ def suite_command(script: str, env_id: str, seed: int, flags: str) -> str:
 
 def own_command() -> str:
     """Return the command that runs, without --output, which only says where."""
-    words = ["python", "-m", "benchmarks", *sys.argv[1:]]
+    words = [x for x in sys.argv[1:] if not x.startswith("--output=")]
+    words = ["python", "-m", "benchmarks", *words]
     if "--output" in words:
         i = words.index("--output")
         words = words[:i] + words[i + 2 :]

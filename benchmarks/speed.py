@@ -13,6 +13,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -22,6 +23,7 @@ from tyro.conf import Positional
 from benchmarks import results
 from common import fail, failing
 from common.atari import find_game
+from common.envs import make_env
 
 ROOT = Path(__file__).parent.parent
 PEERS = {  # module: name, package
@@ -92,7 +94,8 @@ def speed(
         num_envs: environments that step together; each number is measured.
         num_steps: steps of each environment in a PPO rollout; by default as many as leave the
             rollout about its size. It has as many minibatches as by default.
-        total_timesteps: environment steps of each measurement; 0: as many as the script needs.
+        total_timesteps: environment steps of each measurement; 0: as many as the script needs,
+            at least six rollouts of PPO.
         threads: threads that PyTorch computes with.
         peer: Stable-Baselines3; SBX, by the same authors on JAX (pip install sbx-rl); or for
             ppo_continuous TorchRL, with the settings of its tutorial (pip install torchrl);
@@ -122,18 +125,25 @@ def speed(
     beside = cleanrl is not None or importlib.util.find_spec(peer) is not None
     if not beside:
         print(f"without {peer_name}: pip install {package}")
+    if beside and not atari and script in ("ppo_discrete", "dqn_atari"):
+        with failing(f"--env-id {env_id}", gym.error.Error, ImportError):
+            space = make_env(SimpleNamespace(env_id=env_id or work.env_id)).observation_space
+        if len(space.shape) == 3:
+            print(f"without {peer_name}: it would not take {env_id} for frames, as we do")
+            beside = False
     versions = cleanrl_versions(cleanrl) if cleanrl else {}
     measurements = []
     for envs in num_envs or (work.num_envs,):
         setting = {"script": script, "env_id": env_id or work.env_id, "num_envs": envs}
-        setting |= {"total_timesteps": total_timesteps or work.total_timesteps}
+        steps = 0
         if work.rollout:
             minibatches = importlib.import_module(script).Args().num_minibatches
             least = minibatches // math.gcd(envs, minibatches)  # so that they divide the rollout
             least = 1 if peer == "torchrl" else least  # its remainder is dropped
-            setting |= {"num_steps": num_steps or max(1, work.rollout // envs // least) * least}
-        else:
-            setting |= OFF_POLICY
+            steps = num_steps or max(1, work.rollout // envs // least) * least
+        enough = max(work.total_timesteps, 6 * steps * envs)
+        setting |= {"total_timesteps": total_timesteps or enough}
+        setting |= {"num_steps": steps} if steps else OFF_POLICY
         theirs = cleanrl_setting(setting, atari) if cleanrl else setting
         ours, peers = [], []
         for i in range(repeats):

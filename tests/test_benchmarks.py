@@ -327,8 +327,13 @@ def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
     env_ids = {env_id for suite in suites.SUITES.values() for _, env_id, _ in suite.runs}
     assert env_ids <= known.keys()
     monkeypatch.setattr(random_returns, "FILE", Path("random.csv"))
-    random_returns.random(("CartPole-v1",))
+    with pytest.raises(SystemExit):  # what was measured before is kept
+        random_returns.random(("CartPole-v1", "Nope-v0"))
     assert random_returns.read() == {"CartPole-v1": pytest.approx(known["CartPole-v1"], abs=5)}
+    runs = [("x", env_id, "") for env_id in ("Nope-v0", "Pendulum-v1")]
+    monkeypatch.setattr(random_returns, "SUITES", {"x": SimpleNamespace(runs=runs)})
+    random_returns.random(episodes=1)  # what is not installed is left out
+    assert random_returns.read().keys() == {"CartPole-v1", "Pendulum-v1"}
 
 
 def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
@@ -607,6 +612,10 @@ def test_plot_draws_curves_and_aggregates(suite, capsys, monkeypatch):
         f"{suite}.png",
         f"{suite}_time.png",
     ]
+    write_result(make_result("Hopper-v5", 4, 2101.0), suite)
+    plots.plot()
+    assert "as many seeds are needed everywhere" in capsys.readouterr().out
+    assert not picture.exists()  # of older results
 
 
 def test_curves_are_the_mean_over_seeds_against_steps_or_minutes(suite, monkeypatch):
@@ -638,6 +647,9 @@ def test_each_seed_has_its_own_clock_and_the_mean_ends_with_the_fastest(monkeypa
     assert [x.get_xdata()[-1] for x in (fast, slow, mean)] == pytest.approx([180, 360, 180])
     # of ten episodes of 3,000 steps, the mean is 13,500 steps before the window's end
     assert mean.get_ydata()[-1] == pytest.approx((886_500 + 436_500) / 2)
+    times, returns = mean.get_data()  # none before the slow seed's first window has ended
+    early = times < slow.get_xdata()[0] - 1e-9
+    assert early.any() and np.isnan(returns[early]).all() and not np.isnan(returns[~early]).any()
 
 
 def test_a_seed_that_is_not_finished_is_drawn_but_not_in_the_mean(monkeypatch):
@@ -695,6 +707,10 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     plots.compare(suite, Path("b"))
     out = capsys.readouterr().out
     assert "Hopper-v5: the same arguments\n" in out and "side only: HalfCheetah-v5\n" in out
+    for result in (rollouts := [make_result("Hopper-v5", seed) for seed in (1, 2)]):
+        result.config["evaluation"]["step"] = int(result.steps[-1])  # PPO ends with a rollout
+    (_, sentence), *_ = plots.judge(rollouts, [make_result("Hopper-v5", 1, 9.0)] * 2)
+    assert f"(the last {100 / len(rollouts[0].steps):.0%})" in sentence
     low, high = map(float, re.search(r"97.5% interval (\S+\d) to (\S+\d)", out).groups())
     assert low < -600 < high < 0 and "in the end (the last 33%): return 1,998" in out
     worse = "b is worse in the end on Hopper-v5; worse over the run on Hopper-v5, than"
@@ -1041,8 +1057,30 @@ def test_speed_gives_both_the_same_work_and_divides_ours_by_the_peers(monkeypatc
     (found,) = json.loads(Path("speed.json").read_text())["measurements"]
     assert found["num_envs"] == 3
     ran.clear()
+    speed.speed(num_envs=(16,), num_steps=1024, repeats=1, output=Path("speed.json"))
+    assert json.loads(ran[1][1])["total_timesteps"] == 6 * 16 * 1024  # two warm up
+    ran.clear()
     speed.speed(peer="torchrl", repeats=1, output=Path("speed.json"))
     assert json.loads(ran[1][1])["num_steps"] == 1000
+
+
+def test_what_was_measured_keeps_its_command_without_the_place(monkeypatch):
+    for output in (["--output", "x.json"], ["--output=x.json"]):
+        monkeypatch.setattr(sys, "argv", ["m", "speed", *output, "--threads", "2"])
+        assert results.own_command() == "python -m benchmarks speed --threads 2"
+
+
+def test_speed_measures_frames_of_other_games_without_a_peer(monkeypatch, capsys):
+    """Stable-Baselines3's MlpPolicy would take them, flattened."""
+    config = {name: {} for name in speed.ABOUT} | {"machine": {"device": "cpu"}}
+    config |= {"script": "dqn_atari", "command": "python x"}
+    monkeypatch.setattr(speed, "clock_script", lambda *_: ((200.0, 1.0), config))
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda _: True)
+    for script in ("dqn_atari", "ppo_discrete"):
+        path = Path(f"{script}.json")
+        speed.speed(script, "tests.pixel_envs:Catch-v0", repeats=1, output=path)
+        (found,) = json.loads(path.read_text())["measurements"]
+        assert not found["ratios"] and "for frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
