@@ -280,7 +280,9 @@ def handlers_and_settings():
     """A script's own, which it sets, stay in the test that runs one in this process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     yield
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
     for number, handler in before.items():

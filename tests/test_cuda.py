@@ -172,7 +172,8 @@ def test_compiled_on_cuda_equals_eager(script, options, monkeypatch):
     for compiled in (False, True):
         run_dir = Path(f"r{compiled}")
         args = {"device": "cuda", "compile": compiled, "total_timesteps": 128, "eval_episodes": 1}
-        script.train(script.Args(**options | args, run_dir=str(run_dir)))
+        script.train(args := script.Args(**options | args, run_dir=str(run_dir)))
+        assert args.compile == compiled  # not given up
         logged = scalars(run_dir)
         first.append({tag: logged[tag][0] for tag in logged if tag.startswith("losses/")})
     eager, compiled = first
