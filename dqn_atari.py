@@ -137,7 +137,7 @@ def nature_cnn(obs_shape: tuple[int, ...]) -> nn.Sequential:
 
 
 class QNetwork(nn.Module):
-    """Q-values [B, A] of all actions for stacks of frames [B, 4, H, W] of bytes."""
+    """Q-values [B, A] of all actions for stacks of frames [B, 4, H, W], pixels from 0 to 255."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
         super().__init__()
@@ -171,7 +171,7 @@ class Agent(nn.Module):
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
         action = (self.critic(obs) + noise).argmax(-1)
         return action, self.actions.take(action)
 
@@ -186,8 +186,8 @@ class Agent(nn.Module):
 class SumTree:
     """A sum tree of two levels, sqrt(size) wide: few vector operations; a binary one has 20 levels.
 
-    Priorities are integers in units of 2**-30, so that sums are exact on every device, and capped
-    (at 4,096 with a million leaves) so that no sum overflows.
+    Priorities are integers in units of 2**-30, so that sums are exact on every device, rounded up,
+    so that none is lost, and capped (at 4,096 with a million leaves) so that no sum overflows.
     """
 
     def __init__(self, size: int, device):
@@ -215,13 +215,13 @@ class SumTree:
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    Numbers count all frames ever kept; slots are their places in `frames`. A transition has five
-    frames: the first four are its obs, the last four the next. Frame 0, black, precedes a game.
+    Numbers count the frames ever kept, from 1; 0 is black, before a game. Slots are their places in
+    `frames`. Of a transition's five in `stacks` the first four are its obs, the last four the next.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # 2%: a truncation keeps an extra frame (if more do, rows go early); 12: a start, four steps
+        # 2%: a truncation keeps 2 frames (if more do, rows go early); 12: 4 to start, 4 steps of 2
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -363,9 +363,9 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
 
 
 def td_target(reward, discount, next_q, choosing_q) -> torch.Tensor:
-    """Target [B]: the n-step reward plus the discounted Q-value [B, A] of the best next action.
+    """Target [B]: the n-step reward plus the discounted next_q [B, A] of the best next action.
 
-    The target network both chooses and values that action (Mnih et al. 2015), or the Q-network
+    The target network both chooses (choosing_q) and values it (Mnih et al. 2015), or the Q-network
     chooses it (van Hasselt et al. 2016). `discount` is 0 after a termination, not at a time limit.
     """
     return reward + discount * next_q.gather(1, choosing_q.argmax(1, keepdim=True)).squeeze(1)
@@ -394,11 +394,11 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
             q = critic_net(critic, obs).gather(1, action[:, None]).squeeze(1)
             return td_loss(q, y, weight, args.loss), q
 
-        gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
+        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(critic)
         if args.max_grad_norm:
             gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
         optimizer.step(critic, gradient, args.learning_rate)
-        return torch.stack((value, q.mean())), y - q
+        return torch.stack((loss_value, q.mean())), y - q
 
     return update
 
@@ -439,9 +439,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
+        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).float(), noise)
         while global_step < last_step:
-            # --log-every steps; at their end logs, and evaluations and checkpoints if due
+            # --log-every steps, then a log and, if due, an evaluation and a checkpoint
             start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
@@ -450,8 +450,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
                 # where it explores, this drowns the Q-values, and the argmax is a uniform action
                 noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
-                action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
-                environments.send(env_action)  # where they can, they step while the network learns
+                action, env_action = sample(torch.from_numpy(obs).to(device).float(), noise)
+                environments.send(env_action)  # games and async envs step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(before // args.train_frequency, global_step // args.train_frequency):
@@ -476,7 +476,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: `due` asks what was passed since
+            run.progress(global_step)  # last: from here on `due` counts anew
     return run.dir
 
 

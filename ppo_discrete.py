@@ -180,7 +180,7 @@ class Agent(nn.Module):
         return self.critic(self.encode(obs)).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
         action = (self.actor(self.encode(obs)) + noise).argmax(-1)  # the Gumbel-max trick
         return action, self.actions.take(action)
 
@@ -193,7 +193,7 @@ class Agent(nn.Module):
 
 
 class Rollout:
-    """T steps of N environments: raw observations [T + 1], actions as sampled, unscaled rewards."""
+    """T steps of N environments: raw obs [T + 1, N, ...], actions as sampled, unscaled rewards."""
 
     def __init__(self, args: Args, obs_space: gym.Space, action_space: gym.Space, device):
         shape = args.num_steps, args.num_envs
@@ -203,7 +203,7 @@ class Rollout:
         self.noise = torch.ones(*shape, gym.spaces.flatdim(action_space), device=device)
         self.rewards = np.zeros(shape)
         self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
-        self.actions, self.final_obs = [], {}  # (t, n) of a truncation -> real last observation
+        self.actions, self.final_obs = [], {}  # final_obs[t, n]: a truncation's real last obs
 
 
 def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +228,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
-    """Loss of a minibatch (Schulman et al. 2017, equations 7 and 9) and METRICS; inputs [B]."""
+    """Loss of a minibatch (minus Schulman et al. 2017, equations 7 and 9), METRICS; inputs [B]."""
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     if args.norm_adv:  # detail 7: per minibatch
@@ -254,7 +254,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
 
-    def loss(parameters, obs, actions, *rest):  # rest: old_log_prob and on, as in ppo_loss
+    def loss(parameters, obs, actions, *rest):  # rest: old_log_prob, ..., target
         policy, value = tensors.functional(agent, args.bf16)(parameters, obs)
         return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
 
@@ -277,7 +277,7 @@ def learning_rate(progress: float, args: Args) -> torch.Tensor:
 def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
     """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
     values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2]).cpu()
-    values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: changed below
+    values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: they overlap
     if rollout.final_obs:  # after a truncation: the episode's real last observation
         final_obs, (t, n) = torch.stack(list(rollout.final_obs.values())), zip(*rollout.final_obs)
         next_values[t, n] = agent.value(final_obs.to(rollout.obs)).cpu().numpy()
@@ -312,7 +312,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     device = compute.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
     rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    parameters = tensors.flatten_parameters(agent)  # [P]; the weights, in `act` too, are views
+    parameters = tensors.flatten_parameters(agent)  # [P]; the weights, in `sample` too, are views
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
     update = compute.compile_function(make_update(agent, optimizer, args), args, device)
     environments, batch_size = envs.Environments(args), args.num_envs * args.num_steps
@@ -324,14 +324,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost] = 0.0  # not restored: new episodes
-        act = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
+        sample = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
-            # collect a rollout; what the next action does not need is computed once it is complete
+            # collect a rollout; values and log-probabilities are computed once it is complete
             start_step, global_step = global_step, global_step + batch_size
             rollout.noise.exponential_(generator=rng["action"]).log_().neg_()  # Gumbel(0, 1)
             rollout.obs[0], rollout.actions, rollout.final_obs = rollout.obs[-1], [], {}
             for t in range(args.num_steps):
-                action, env_action = act(rollout.obs[t], rollout.noise[t])
+                action, env_action = sample(rollout.obs[t], rollout.noise[t])
                 obs, reward, terminated, truncated, infos = environments.step(env_action)
                 rollout.actions.append(action)
                 rollout.obs[t + 1] = torch.as_tensor(obs)
@@ -366,7 +366,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             run.require_finite("a weight or loss", parameters, losses["loss"])
             run.scalars(losses | {"charts/learning_rate": lr.item()}, global_step)
 
-            # only now update the statistics with the rollout
+            # only now update the statistics, of which the first rollout thus has none
             if args.norm_obs:
                 agent.obs_statistics.update(obs)
             if args.norm_reward:
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: `due` asks what was passed since
+            run.progress(global_step)  # last: from here on `due` counts anew
     return run.dir
 
 

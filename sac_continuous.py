@@ -121,7 +121,7 @@ class TwinLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, in_size], or [2, B, in_size], to [2, B, out_size]."""
-        return x.expand(2, -1, -1) @ self.weight + self.bias  # not expanded, weights are copied
+        return x.expand(2, -1, -1) @ self.weight + self.bias  # without, PyTorch copies weights
 
 
 def mlp(layer: type, *sizes: int) -> tensors.Network:
@@ -154,14 +154,14 @@ class Agent(nn.Module):
         self.critic = TwinQNetwork(*mlp(TwinLinear, obs_size + action_size, *args.hidden_sizes, 1))
         self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
-        self.register_buffer("log_alpha", torch.tensor([log_alpha]))  # learned, as a vector
+        self.register_buffer("log_alpha", torch.tensor([log_alpha]))  # learned; [1], for FlatAdam
         self.args = args
         self.register_buffer("obs_shape", torch.tensor(obs_shape))  # for load_agent
         for name, bound in zip(("low", "high"), tensors.bounds(action_space)):
             self.register_buffer(name, bound)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions for raw observations, given noise [B, A]: as stored, and for the environment."""
+        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
         mean, log_std = gaussian(self.actor(obs.flatten(1)))
         action = torch.addcmul(mean, log_std.exp(), noise).tanh()  # mean + std * noise
         return action, self.env_action(action)
@@ -184,7 +184,7 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_size: int, device):
         obs_size, size = math.prod(obs_shape), args.buffer_size // args.num_envs * args.num_envs
-        self.columns = obs_size, action_size, 1, 1, obs_size
+        self.columns = obs_size, action_size, 1, 1, obs_size  # widths
         self.rows = torch.zeros(size, sum(self.columns), device=device)
         self.num_rows, self.batch_size = 0, args.batch_size  # num_rows: ever added
         self.shown = None  # observations [N, O] that the environments show now
@@ -279,9 +279,9 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
             q = critic_net(critic, obs, action)
             return (q - y).square().mean(1).sum(), q  # equation 5 without its 1/2
 
-        gradient, (value, q) = grad_and_value(loss, has_aux=True)(critic)
+        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
-        return torch.stack((value / 2, q.mean()))  # means over the two networks
+        return torch.stack((loss_value / 2, q.mean()))  # means over the two networks
 
     def update_actor(critic, actor, log_alpha, rows, indices, noise):
         obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
@@ -291,12 +291,12 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
             q = critic_net(critic, obs, action)
             return actor_loss(q, log_prob, alpha), log_prob
 
-        gradient, (value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
+        gradient, (loss_value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
         optimizer["actor"].step(actor, gradient, args.policy_lr)
         if args.autotune:  # target entropy: -1 per action dimension
             gradient, _ = grad_and_value(alpha_loss)(log_alpha, log_prob, -noise.shape[1])
             optimizer["alpha"].step(log_alpha, gradient, args.q_lr)
-        return torch.stack((value, -log_prob.mean(), alpha[0]))
+        return torch.stack((loss_value, -log_prob.mean(), alpha[0]))
 
     return update_critic, update_actor
 
@@ -338,9 +338,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
-        act = compute.to_numpy(agent.sample, args, torch.from_numpy(obs).to(device).float(), noise)
+        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).float(), noise)
         while global_step < last_step:
-            # --log-every steps; at their end logs, and evaluations and checkpoints if due
+            # --log-every steps, then a log and, if due, an evaluation and a checkpoint
             start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
@@ -349,8 +349,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     env_action = agent.env_action(noise).cpu().numpy()
                 else:
                     noise.normal_(generator=rng["action"])
-                    action, env_action = act(torch.from_numpy(obs).to(device).float(), noise)
-                environments.send(env_action)  # where they can, they step while the network learns
+                    action, env_action = sample(torch.from_numpy(obs).to(device).float(), noise)
+                environments.send(env_action)  # games and async envs step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
@@ -361,7 +361,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                         for _ in range(args.policy_frequency):
                             batch_noise.normal_(generator=rng["replay"])
                             policy_losses = update_actor(critic, actor, log_alpha, *inputs)
-                        metrics.append(torch.cat((losses, policy_losses)))
+                        metrics.append(torch.cat((losses, policy_losses)))  # others go unlogged
                     if i % args.target_network_frequency == 0:
                         target.lerp_(critic, args.tau)
 
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: `due` asks what was passed since
+            run.progress(global_step)  # last: from here on `due` counts anew
     return run.dir
 
 
