@@ -55,13 +55,13 @@ class AtariGames(VectorWrapper):
 
     def _begin(self, which: np.ndarray, seeds: list[int] | None = None) -> np.ndarray:
         first = self.episode - (0 if seeds else self.episode % self.games_per_seed)
-        indices = np.flatnonzero(which).tolist()
-        seeds = seeds or [stream_seed(self.seed, "env", i, int(first[i])) for i in indices]
+        games = zip(np.flatnonzero(which).tolist(), first[which].tolist())
+        seeds = seeds or [stream_seed(self.seed, "env", *game) for game in games]
         seeds = np.array([seed % 2**31 for seed in seeds])
         obs, infos = self.games.reset(seed=seeds, options={"reset_mask": which})
-        for k in range((self.episode - first)[which].max()):
-            behind = which & (self.episode - first > k)
+        while (behind := which & (first < self.episode)).any():
             obs, infos = self.games.reset(options={"reset_mask": behind})
+            first += behind
         self.frames = infos["episode_frame_number"]
         self.waiting[which] = self.games_per_seed == 1  # a sticky game may have missed ale-py's
         self.actions = [[] if new else played for new, played in zip(which, self.actions)]
@@ -104,16 +104,15 @@ class AtariGames(VectorWrapper):
 
         They step together, so one that is to stay as it is (None) repeats its own.
         """
-        own = self.get_attr("history")
-        histories = [b if a is None else a for a, b in zip(histories, own)]
-        longest = max(len(actions) for _, actions in histories)
-        for left in range(longest, -1, -1):
-            begin = np.array([len(actions) == left for _, actions in histories])
-            self.episode[begin] = np.array([episode for episode, _ in histories])[begin]
-            if begin.any():
+        pairs = zip(histories, self.get_attr("history"))
+        episodes, played = zip(*(own if x is None else x for x, own in pairs))
+        lengths = np.array([len(x) for x in played])
+        for left in range(lengths.max(), -1, -1):
+            if (begin := lengths == left).any():
+                self.episode[begin] = np.array(episodes)[begin]
                 self.obs = self._begin(begin)
             if left:
-                actions = [int(x[-left]) if left <= len(x) else 0 for _, x in histories]
+                actions = [int(x[-left]) if left <= len(x) else 0 for x in played]
                 self.obs = self.step(np.array(actions))[0]
 
 

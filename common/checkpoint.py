@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        fail(f"{path} could not be written: {str(error).splitlines()[0]}", code=1)
+        fail(f"{path} could not be written: {(str(error) or repr(error)).splitlines()[0]}", code=1)
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -218,7 +218,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
     try:
         env = make_env(args)
     except (gym.error.Error, ImportError, AttributeError, ValueError, TypeError) as error:
-        *_, last = traceback.extract_tb(error.__traceback__)
+        last = traceback.extract_tb(error.__traceback__)[-1]
         others = "<frozen", *(os.path.dirname(x.__file__) + os.sep for x in (gym, importlib))
         own = not last.filename.startswith(others)  # a mistake in a user's code
         where = f" ({last.filename}, line {last.lineno})" * own

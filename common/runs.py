@@ -77,13 +77,13 @@ def _ours() -> list[int]:
 
 
 def _hold() -> None:  # else Python would forget a signal that comes between fork and _begin_forked
-    ours = _ours()
-    _held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ours) if ours else None)
+    if ours := _ours():
+        _held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ours))
 
 
 def _release() -> None:
-    if (mask := _held.pop()) is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if _held:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _held.pop())
 
 
 def _begin_forked() -> None:

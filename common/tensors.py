@@ -139,6 +139,6 @@ class FlatAdam(nn.Module):
 def bounds(space) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bounds of a Box as float32, rounded inwards where that is less precise."""
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.as_tensor(low), torch.as_tensor(np.maximum(low, high))  # rounded, they may cross
+    low = np.where(low < space.low, np.nextafter(low, high), low)
+    high = np.where(high > space.high, np.nextafter(high, low), high)  # never below `low`
+    return torch.as_tensor(low), torch.as_tensor(high)
