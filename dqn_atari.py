@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """environment steps per update"""
     checkpoint_replay: bool = False
-    """save the replay, as large as in memory, in checkpoints; else resuming must first fill it"""
+    """save the replay, as large as in memory; else resuming first refills it, and is not exact"""
     clip_reward: bool = True
     """learn from the signs of rewards; what is logged is unclipped"""
     start_e: float = 1.0
@@ -435,7 +435,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step  # first fill a new replay, with the policy it has
-            print(f"replay not saved, so not exact: no learning before step {learning_starts:,}")
+            print(f"replay not saved, so inexact: learns from {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)

@@ -205,6 +205,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     measured = json.loads((results.FOLDER / "memory_sac_continuous.json").read_text())
     (mib,) = set(measured["mib"].values())  # from its first tenth to a tenth more than fills it
     assert f"takes {mib} MiB throughout, and saving it {measured['save_seconds']:.1f} s" in readme
+    assert measured["save_seconds"] < 3
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_files():

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dqn_atari as dqn
-from common import arguments, compute, envs
+from common import arguments, atari, compute, envs
 from common.checkpoint import load_checkpoint
 from common.tensors import FlatAdam, flatten_parameters
 
@@ -331,11 +331,22 @@ def test_n_steps_by_hand():
 
 @pytest.mark.parametrize(
     "env_id, kinds",
-    [("pixel_envs:Clock-v0", (True, True)), ("ALE/Breakout-v5", (True, False))],
+    [
+        ("pixel_envs:Clock-v0", "over limit"),
+        ("ALE/Breakout-v5", "life over"),
+        ("ALE/Berzerk-v5", "life limit"),
+    ],
 )
 def test_training_stores_what_the_environments_showed(monkeypatch, env_id, kinds):
-    """With real ends of episodes: terminations, which in Breakout are lost lives, and truncations."""
-    naive, replays = [], []
+    """With real ends of episodes: lost lives, ends of games and truncations."""
+    naive, replays, seen = [], [], set()
+
+    class Limited(atari.AtariGames):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options, max_num_frames_per_episode=720)
+
+    if "limit" in kinds:
+        monkeypatch.setattr(atari, "AtariGames", Limited)
 
     class Spy(dqn.Replay):
         def __init__(self, args, *rest):
@@ -348,6 +359,11 @@ def test_training_stores_what_the_environments_showed(monkeypatch, env_id, kinds
             super().start(obs)
 
         def add(self, *outcome):
+            _, _, terminated, truncated, _, infos = outcome
+            if self.num_rows >= 150:
+                over = infos["over"]
+                ends = {"life": terminated & ~over, "over": terminated & over, "limit": truncated}
+                seen.update(kind for kind, which in ends.items() if which.any())
             naive[-1].add(*outcome)
             super().add(*outcome)
 
@@ -357,8 +373,7 @@ def test_training_stores_what_the_environments_showed(monkeypatch, env_id, kinds
     dqn.train(dqn.Args(**options | {"buffer_size": 600, "learning_starts": 900}))
     assert replays[0].num_rows == 450 and replays[0].oldest >= 150
     check_against(naive[0], replays[0])
-    ends = np.array([[row[n][3:5] for n in range(2)] for row in naive[0].rows[150:]], bool)
-    assert tuple(ends.any((0, 1))) == kinds
+    assert seen == set(kinds.split())
     if "Clock" in env_id:  # what is logged is not clipped
         logged = scalars(Path("r"))
         lengths, returns = (logged[f"charts/episodic_{x}"] for x in ("length", "return"))
@@ -670,21 +685,23 @@ def test_updates_come_when_they_should(monkeypatch, num_envs, frequency, starts,
 
 
 @pytest.mark.parametrize(
-    "train_frequency, target_frequency, expected",
+    "num_envs, train_frequency, target_frequency, expected",
     [
-        (4, 8, [0, 1, 1, 3, 3, 5, 5]),  # updates of steps 8, 12, 16, ..., the first moves it
-        (4, 4, [0, 1, 2, 3, 4, 5, 6]),
-        (4, 12, [0, 0, 2, 2, 2, 5, 5]),  # after those of steps 12 and 24
-        (3, 10, [0, 0, 0, 3, 3, 3, 6]),  # after those of 12 and 21, of 6, 9, 12, 15, 18, 21, ...
-        (8, 2, [0, 1, 2]),
+        # updates of steps 8, 12, 16, ..., the first moves it; whatever steps together
+        *((n, 4, 8, [0, 1, 1, 3, 3, 5]) for n in (1, 2, 4, 8)),
+        (4, 4, 4, [0, 1, 2, 3, 4, 5, 6]),
+        (4, 4, 12, [0, 0, 2, 2, 2, 5, 5]),  # after those of steps 12 and 24
+        (4, 3, 10, [0, 0, 0, 3, 3, 3, 6]),  # after those of 12 and 21, of 6, 9, 12, 15, 18, 21, ...
+        (4, 8, 2, [0, 1, 2]),
     ],
 )
 def test_target_network_moves_when_it_should(
-    monkeypatch, train_frequency, target_frequency, expected
+    monkeypatch, num_envs, train_frequency, target_frequency, expected
 ):
     record = Record(monkeypatch)
     options = {"train_frequency": train_frequency, "target_network_frequency": target_frequency}
-    dqn.train(dqn.Args(**SHORT | {"learning_starts": 8, "total_timesteps": 36} | options))
+    options |= {"num_envs": num_envs, "learning_starts": 8, "total_timesteps": 36}
+    dqn.train(dqn.Args(**SHORT | options))
     initial = record.targets[0]
     assert record.targets[: len(expected)] == [x or initial for x in expected]
 
@@ -702,7 +719,14 @@ def test_target_network_moves_as_far_as_it_should(monkeypatch):
 
 def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monkeypatch):
     """Functions of the step alone: a run that was cut off and resumed logs the same."""
-    record = Record(monkeypatch)
+    record, epsilons, linear_schedule = Record(monkeypatch), [], dqn.linear_schedule
+
+    def schedule(start, *rest):
+        value = linear_schedule(start, *rest)
+        epsilons.extend([value] * (start == 0.9))
+        return value
+
+    monkeypatch.setattr(dqn, "linear_schedule", schedule)
     options = SHORT | {"prioritized": True, "total_timesteps": 400, "checkpoint_every": 100}
     options |= {"priority_beta": 0.3}
     args = dqn.Args(**options, start_e=0.9, end_e=0.1, exploration_fraction=0.8)
@@ -716,6 +740,8 @@ def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monke
     logged = scalars(Path("r"))["charts/epsilon"]
     assert [step for step, _ in logged] == steps.tolist()
     np.testing.assert_allclose(logged, expected, rtol=1e-6)
+    acted = np.array([*range(4, 273, 4), *range(204, 401, 4)])  # resumed from 200
+    np.testing.assert_allclose(epsilons, np.maximum(0.9 - 0.8 * acted / 320, 0.1))
     updated = [*range(40, 268, 4), *range(240, 400, 4)]  # resumed from 200, and 40 to fill
     np.testing.assert_allclose(record.betas, [0.3 + 0.7 * step / 400 for step in updated])
     pairs = zip(record.drawn, record.learned, strict=True)  # each with the errors of its batch
@@ -790,7 +816,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     assert "replay" not in checkpoint
     dqn.train(dataclasses.replace(args, resume="r"), checkpoint)
     out = capsys.readouterr().out
-    assert "replay not saved, so not exact: no learning before step 240\n" in out
+    assert "replay not saved, so inexact: learns from 240 of 400\n" in out
     assert out.count("not saved") == 1  # and not when a run begins
     assert "".join(record.log) == "s" * 10 + "su" * 40
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 400
@@ -825,6 +851,7 @@ LEARN |= {"eval_episodes": 50, "eval_e": 0.0, "compile": False, "run_dir": "r"}
     "env_id, options",
     [
         ("SmallCatch", {}),
+        pytest.param("SmallCatch", {"num_envs": 1}, marks=SLOW, id="num_envs"),
         pytest.param("Catch", {}, marks=SLOW),
         ("SmallCatch", ALL | {"loss": "huber", "max_grad_norm": 10.0}),
         *(
@@ -849,7 +876,9 @@ def test_learns_to_catch(env_id, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, ALL | {"compile": True, "bf16": True}], ids=["plain", "all"]
+    "options",
+    [{}, ALL | {"compile": True, "bf16": True}, {"env_id": "ALE/Breakout-v5"}],
+    ids=["plain", "all", "atari"],
 )
 def test_killed_and_resumed_ends_as_if_never_stopped(run, tmp_path, options):
     """SIGKILL at random moments; the same weights, replay and scalars to the last bit."""

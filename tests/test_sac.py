@@ -2,9 +2,14 @@
 
 import copy
 import dataclasses
+import gc
+import json
 import math
 import os
 import pickle
+import subprocess
+import sys
+import tracemalloc
 from collections import deque
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import (
+    ROOT,
     assert_killed_ends_as_whole,
     assert_same,
     needs_compiler,
@@ -78,6 +84,23 @@ def test_log_prob_equals_torch_distributions_far_into_the_tails(dtype, tolerance
         for got, expected in zip(*results, strict=True):
             assert got.isfinite().all()
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_log_prob_in_float32_equals_another_formula_in_float64():
+    """1 - tanh(u)^2 = 4 / (e^u + e^-u)^2, with |u| up to 20; torch's transform has our formula."""
+    mean, log_std = torch.linspace(-16, 16, 129).repeat(2, 1).T, torch.tensor([-1.0, 0.6])
+    for noise in (torch.full((129, 2), -2.0), torch.zeros(129, 2), torch.full((129, 2), 2.1)):
+        policy = [x.clone().requires_grad_() for x in (mean, log_std.expand_as(mean))]
+        action, log_prob = sac.sample_with_log_prob(policy, noise)
+        gradient = torch.autograd.grad(log_prob.sum(), policy)
+        m, s, z = (x.detach().double() for x in (*policy, noise))
+        u = m + s.exp() * z
+        expected = -(z**2) / 2 - s - math.log(2 * math.pi) / 2
+        expected = expected - 2 * (math.log(2) - torch.logaddexp(u, -u))
+        by_log_std = 2 * u.tanh() * s.exp() * z - 1
+        pairs = (action, u.tanh()), (log_prob, expected.sum(1))
+        for got, exact in (*pairs, *zip(gradient, (2 * u.tanh(), by_log_std))):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_log_prob_is_exact_where_tanh_rounds_to_one():
@@ -576,6 +599,26 @@ def test_replay_takes_no_more_memory_once_it_is_full():
     assert replay.rows.shape == (30, 7) and replay.num_rows == 600
 
 
+def test_a_run_takes_no_more_memory_once_its_replay_is_full(monkeypatch):
+    """At the end of every episode; with evaluations and checkpoints."""
+    sizes, progress = [], runs.Run.progress
+
+    def measure(self, step):
+        progress(self, step)
+        gc.collect()
+        count = sum(issubclass(type(x), (torch.Tensor, np.ndarray)) for x in gc.get_objects())
+        sizes.append((count, tracemalloc.get_traced_memory()[0]))
+
+    monkeypatch.setattr(runs.Run, "progress", measure)
+    options = {"total_timesteps": 2400, "buffer_size": 500, "log_every": 200, "utd_ratio": 0.2}
+    options |= {"checkpoint_every": 400, "eval_every": 800}
+    tracemalloc.start()
+    sac.train(sac.Args(env_id="Pendulum-v1", **SHORT | options))
+    tracemalloc.stop()
+    counts, traced = np.transpose(sizes[4:])
+    assert np.ptp(counts) < 10 and traced[-1] - traced[0] < 50_000, sizes
+
+
 @pytest.mark.parametrize("end", ["truncated", "terminated", "both"])
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_training_stores_the_real_last_observation(monkeypatch, end, num_envs):
@@ -597,6 +640,7 @@ def test_training_stores_the_real_last_observation(monkeypatch, end, num_envs):
     [
         ("truncated", [8.1, 9.0, 10.0, 10.0, 10.0]),  # not what follows the reset
         ("terminated", [0.81 * 2.71, 0.9 * 2.71, 2.71, 1.9, 1.0]),
+        ("both", [0.81 * 2.71, 0.9 * 2.71, 2.71, 1.9, 1.0]),
     ],
 )
 def test_value_at_time_limits(end, expected):
@@ -681,7 +725,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     sac.train(dataclasses.replace(args, resume="r"), checkpoint)
     assert len(acted) == 200
     out = capsys.readouterr().out
-    assert "replay not saved, so not exact: no learning before step 200\n" in out
+    assert "replay not saved, so inexact: learns from 200 of 300\n" in out
     assert out.count("not saved") == 1  # and not when a run begins
     assert "".join(log) == "s" * 100 + "sc" * 100
 
@@ -731,11 +775,30 @@ def test_asynchronous_environments_train_the_same():
     assert_same(*replays)
 
 
-def test_evaluation_from_the_checkpoint_equals_the_one_in_training(run, tmp_path, capsys):
-    """In a new process; and the tags that a run leaves."""
-    options = SHORT | {"total_timesteps": 600, "eval_episodes": 3, "run_dir": str(tmp_path / "r")}
-    sac.train(sac.Args(env_id="Hopper-v5", **options))
+AGAIN = """
+import json
+import sac_continuous as sac
+from common import arguments, envs, runs
+play = envs.play
+envs.play = lambda *args: print(json.dumps(played := play(*args))) or played
+args, _ = arguments.parse_args(sac.Args, sac.SCRIPT)
+runs.evaluate(sac.load_agent, args, sac.check_args(args))
+"""
+
+
+def test_evaluation_from_the_checkpoint_equals_the_one_in_training(
+    run, tmp_path, capsys, monkeypatch
+):
+    """In a new process, to the last bit; and the tags that a run leaves."""
+    played, play = [], envs.play
+    monkeypatch.setattr(envs, "play", lambda *args: played.append(play(*args)) or played[-1])
+    options = SHORT | {"total_timesteps": 1100, "eval_episodes": 3, "run_dir": str(tmp_path / "r")}
+    options |= {"learning_starts": 1000, "hidden_sizes": (256, 256)}
+    sac.train(sac.Args(env_id="HalfCheetah-v5", **options))
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("evaluation of 3"))
+    again = [sys.executable, "-c", AGAIN, "--evaluate", "r"]
+    again = subprocess.run(again, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=-1, check=True)
+    assert json.loads(again.stdout.splitlines()[0]) == [list(x) for x in played[0]]
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
     done = run("sac_continuous.py", "--evaluate", "r", cwd=tmp_path)
     assert done.stdout.strip() == line
