@@ -199,9 +199,10 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     *others, last = evaluated
     assert f"return {', '.join(others)} and {last}" in readme
     assert later == [{500}] * 5 and f"between {min(least):.0f} and 500" in readme
-    measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())["mib"]
-    *_, full, later = measured.values()
+    measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())
+    *_, full, later = measured["mib"].values()
     assert f"{full:,} MiB of memory, and {later:,} after" in readme
+    assert f"saving it took {measured['save_seconds']:.0f} s" in readme
     measured = json.loads((results.FOLDER / "memory_sac_continuous.json").read_text())
     (mib,) = set(measured["mib"].values())  # from its first tenth to a tenth more than fills it
     assert f"takes {mib} MiB throughout, and saving it {measured['save_seconds']:.1f} s" in readme
