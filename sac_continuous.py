@@ -334,7 +334,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step  # first fill a new replay, with the policy it has
-            print(f"replay not saved, so inexact: learns from {learning_starts:,} of {last_step:,}")
+            print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)
@@ -350,7 +350,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 else:
                     noise.normal_(generator=rng["action"])
                     action, env_action = sample(torch.from_numpy(obs).to(device).float(), noise)
-                environments.send(env_action)  # games and async envs step while the network learns
+                environments.send(env_action)  # some can step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):

@@ -1,7 +1,6 @@
 """Command line of the benchmarks: `python -m benchmarks --help`."""
 
 import signal
-import sys
 
 import tyro
 
@@ -15,7 +14,6 @@ from benchmarks.speed import speed
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ending what `speed` runs, too
     commands = (run, export, plot, table, compare, speed, memory, random)
     named = {command.__name__: command for command in commands}
     try:

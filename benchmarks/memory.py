@@ -1,6 +1,7 @@
 """What a replay takes of the machine's memory, and how long it takes to save."""
 
 import importlib
+import re
 import resource
 import sys
 import tempfile
@@ -68,10 +69,13 @@ def memory(
 
 
 def resident() -> float:
-    """Return this process's resident memory in MiB; its peak where there is no /proc."""
+    """Return this process's resident memory in MiB; its peak where there is no /proc.
+
+    Not that of files, as libraries are: the kernel takes it back when it likes.
+    """
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    except OSError:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s*(\d+) kB", status)[1]) / 2**10
+    except (OSError, TypeError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)

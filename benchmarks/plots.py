@@ -388,7 +388,8 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[s
     if len(pairs) == min(len(a), len(b)) and all(results.repeats(x, y) for x, y in pairs):
         return [("the same", f"the same to the last episode, {len(pairs)} seed(s)")]
     begins = [result.steps[-101] if len(result.steps) > 100 else 0 for result in a + b]
-    ends = [result.config["evaluation"]["step"] for result in a + b]  # PPO plays whole rollouts
+    # PPO plays whole rollouts; CleanRL's own runs have no evaluation
+    ends = [(x.config["evaluation"] or {"step": x.total})["step"] for x in a + b]
     share = max(1 - begin / end for begin, end in zip(begins, ends))
     shares = {"in the end": f" (the last {share:.0%})"}
     judged = []

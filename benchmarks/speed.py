@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,7 @@ def speed(
         flags: more flags for the script alone: --flags=--bf16.
         output: JSON file for the result; by default runs/speed_SCRIPT_PEER.json.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what it runs, too
     atari = find_game(env_id or WORK[script].env_id) is not None
     if peer == "torchrl" and (script != "ppo_continuous" or set(num_envs) - {1}):
         fail("--peer torchrl: goes with ppo_continuous and one environment")
@@ -126,9 +128,10 @@ def speed(
     if not beside:
         print(f"without {peer_name}: pip install {package}")
     if beside and not atari and script in ("ppo_discrete", "dqn_atari"):
-        with failing(f"--env-id {env_id}", gym.error.Error, ImportError):
+        errors = gym.error.Error, ImportError, AttributeError, ValueError, TypeError
+        with failing(f"--env-id {env_id}", *errors):
             space = make_env(SimpleNamespace(env_id=env_id or work.env_id)).observation_space
-        if len(space.shape) == 3:
+        if len(space.shape or ()) == 3:
             print(f"without {peer_name}: it would not take {env_id} for frames, as we do")
             beside = False
     versions = cleanrl_versions(cleanrl) if cleanrl else {}
@@ -144,7 +147,7 @@ def speed(
         enough = max(work.total_timesteps, 6 * steps * envs)
         setting |= {"total_timesteps": total_timesteps or enough}
         setting |= {"num_steps": steps} if steps else OFF_POLICY
-        theirs = cleanrl_setting(setting, atari) if cleanrl else setting
+        theirs = cleanrl_setting(setting, atari) if cleanrl and beside else setting
         ours, peers = [], []
         for i in range(repeats):
             measured, config = clock_script(setting, threads, f"{work.flags} {flags}")

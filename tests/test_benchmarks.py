@@ -709,10 +709,13 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
     plots.compare(suite, Path("b"))
     out = capsys.readouterr().out
     assert "Hopper-v5: the same arguments\n" in out and "side only: HalfCheetah-v5\n" in out
-    for result in (rollouts := [make_result("Hopper-v5", seed) for seed in (1, 2)]):
-        result.config["evaluation"]["step"] = int(result.steps[-1])  # PPO ends with a rollout
-    (_, sentence), *_ = plots.judge(rollouts, [make_result("Hopper-v5", 1, 9.0)] * 2)
-    assert f"(the last {100 / len(rollouts[0].steps):.0%})" in sentence
+    sides = [[make_result("Hopper-v5", seed, level) for seed in (1, 2)] for level in (9.0, 99.0)]
+    for result in sum(sides, []):  # PPO ends with a rollout
+        result.config["args"]["total_timesteps"] = 1_200_000
+    assert "(the last 33%)" in plots.judge(*sides)[0][1]
+    for result in sum(sides, []):  # as CleanRL's own are
+        result.config["evaluation"] = None
+    assert "(the last 44%)" in plots.judge(*sides)[0][1]
     low, high = map(float, re.search(r"97.5% interval (\S+\d) to (\S+\d)", out).groups())
     assert low < -600 < high < 0 and "in the end (the last 33%): return 1,998" in out
     worse = "b is worse in the end on Hopper-v5; worse over the run on Hopper-v5, than"
@@ -1080,7 +1083,7 @@ def test_speed_measures_frames_of_other_games_without_a_peer(monkeypatch, capsys
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda _: True)
     for script in ("dqn_atari", "ppo_discrete"):
         path = Path(f"{script}.json")
-        speed.speed(script, "tests.pixel_envs:Catch-v0", repeats=1, output=path)
+        speed.speed(script, "pixel_envs:Catch-v0", repeats=1, output=path)
         (found,) = json.loads(path.read_text())["measurements"]
         assert not found["ratios"] and "for frames" in capsys.readouterr().out
 
@@ -1187,7 +1190,7 @@ def test_cleanrl_does_the_same_work_with_its_own_python(
     assert f"{arguments.flag(extra)} " in line
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only the peak is known")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only the peak is known")
 def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
     gc.collect()  # of other tests, which would be freed meanwhile
     memory.memory("dqn_atari", "pixel_envs:Catch-v0", 8000, tmp_path / "memory.json")

@@ -370,10 +370,11 @@ def test_training_stores_what_the_environments_showed(monkeypatch, env_id, kinds
     monkeypatch.setattr(dqn, "Replay", Spy)
     monkeypatch.setattr(envs, "play", lambda *_: ([0.0], [1]))
     options = SHORT | {"env_id": env_id, "num_envs": 2, "n_step": 3, "total_timesteps": 900}
-    dqn.train(dqn.Args(**options | {"buffer_size": 600, "learning_starts": 900}))
+    options |= {"buffer_size": 600, "learning_starts": 900, "end_e": 1.0}
+    dqn.train(dqn.Args(**options))
     assert replays[0].num_rows == 450 and replays[0].oldest >= 150
     check_against(naive[0], replays[0])
-    assert seen == set(kinds.split())
+    assert set(kinds.split()) <= seen
     if "Clock" in env_id:  # what is logged is not clipped
         logged = scalars(Path("r"))
         lengths, returns = (logged[f"charts/episodic_{x}"] for x in ("length", "return"))
@@ -816,8 +817,8 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     assert "replay" not in checkpoint
     dqn.train(dataclasses.replace(args, resume="r"), checkpoint)
     out = capsys.readouterr().out
-    assert "replay not saved, so inexact: learns from 240 of 400\n" in out
-    assert out.count("not saved") == 1  # and not when a run begins
+    assert "no replay kept: inexact, learns from step 240 of 400\n" in out
+    assert out.count("no replay kept") == 1  # and not when a run begins
     assert "".join(record.log) == "s" * 10 + "su" * 40
     assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 400
 

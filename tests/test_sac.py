@@ -606,7 +606,7 @@ def test_a_run_takes_no_more_memory_once_its_replay_is_full(monkeypatch):
     def measure(self, step):
         progress(self, step)
         gc.collect()
-        count = sum(issubclass(type(x), (torch.Tensor, np.ndarray)) for x in gc.get_objects())
+        count = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
         sizes.append((count, tracemalloc.get_traced_memory()[0]))
 
     monkeypatch.setattr(runs.Run, "progress", measure)
@@ -616,7 +616,7 @@ def test_a_run_takes_no_more_memory_once_its_replay_is_full(monkeypatch):
     sac.train(sac.Args(env_id="Pendulum-v1", **SHORT | options))
     tracemalloc.stop()
     counts, traced = np.transpose(sizes[4:])
-    assert np.ptp(counts) < 10 and traced[-1] - traced[0] < 50_000, sizes
+    assert np.ptp(counts) < 3 and traced[-1] - traced[0] < 50_000, sizes
 
 
 @pytest.mark.parametrize("end", ["truncated", "terminated", "both"])
@@ -725,8 +725,8 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     sac.train(dataclasses.replace(args, resume="r"), checkpoint)
     assert len(acted) == 200
     out = capsys.readouterr().out
-    assert "replay not saved, so inexact: learns from 200 of 300\n" in out
-    assert out.count("not saved") == 1  # and not when a run begins
+    assert "no replay kept: inexact, learns from step 200 of 300\n" in out
+    assert out.count("no replay kept") == 1  # and not when a run begins
     assert "".join(log) == "s" * 100 + "sc" * 100
 
 
