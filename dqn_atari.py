@@ -180,7 +180,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
 
 
 class SumTree:
@@ -221,7 +221,7 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # 2%: a truncation keeps 2 frames (if more do, rows go early); 12: 4 to start, 4 steps of 2
+        # 2%: a truncation keeps a 2nd frame (if more do, rows go early); 12: a stack, 4 steps of 2
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -419,7 +419,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
-    device = compute.setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, large=True)
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
@@ -438,7 +438,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)
+        noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).float(), noise)
         while global_step < last_step:
             # --log-every steps, then a log and, if due, an evaluation and a checkpoint

@@ -181,7 +181,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
 
 
 class Rollout:
@@ -309,7 +309,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
-    device = compute.setup_torch(args, faster="cuda" if len(obs_space.shape) == 3 else "cpu")
+    device = compute.setup_torch(args, large=len(obs_space.shape) == 3)
     rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)  # [P]; the weights, in `sample` too, are views

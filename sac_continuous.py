@@ -121,7 +121,7 @@ class TwinLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, in_size], or [2, B, in_size], to [2, B, out_size]."""
-        return x.expand(2, -1, -1) @ self.weight + self.bias  # without, PyTorch copies weights
+        return x.expand(2, -1, -1) @ self.weight + self.bias  # expand: else weights are copied
 
 
 def mlp(layer: type, *sizes: int) -> tensors.Network:
@@ -176,7 +176,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: a discrete action as a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
 
 
 class Replay:
@@ -314,7 +314,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
-    device = compute.setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, large=True)
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
@@ -337,7 +337,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)
+        noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).float(), noise)
         while global_step < last_step:
             # --log-every steps, then a log and, if due, an evaluation and a checkpoint
@@ -361,7 +361,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                         for _ in range(args.policy_frequency):
                             batch_noise.normal_(generator=rng["replay"])
                             policy_losses = update_actor(critic, actor, log_alpha, *inputs)
-                        metrics.append(torch.cat((losses, policy_losses)))  # others go unlogged
+                        metrics.append(torch.cat((losses, policy_losses)))  # only these are logged
                     if i % args.target_network_frequency == 0:
                         target.lerp_(critic, args.tau)
 

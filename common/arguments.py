@@ -18,7 +18,8 @@ from common.runs import ASKED, leave, load_run
 # what may be given anew; everything else comes from the run
 EITHER = {"eval_episodes", "eval_e", "capture_video"}
 ANEW = {"evaluate": EITHER | {"render"}}
-ANEW["resume"] = EITHER | {"total_timesteps", "checkpoint_every", "eval_every", "track"}
+ANEW["resume"] = EITHER | {"total_timesteps", "checkpoint_every", "eval_every"}
+ANEW["resume"] |= {"track", "wandb_project_name", "wandb_entity"}
 # arguments with a schedule over the whole run, which then cannot be made longer
 SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name

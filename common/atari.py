@@ -122,16 +122,17 @@ class AtariGame(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
     def __init__(self, game: str, sticky_actions: float, render_mode: str | None):
-        self.games = [AtariGames(game, 1, 0, sticky_actions)]
+        seed = np.random.SeedSequence().entropy  # for games that are reset without one
+        self.games = [AtariGames(game, 1, seed, sticky_actions)]
         if render_mode:
             colours = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-            self.games.append(AtariGames(game, 1, 0, sticky_actions, **colours))
+            self.games.append(AtariGames(game, 1, seed, sticky_actions, **colours))
         self.render_mode = render_mode
         self.observation_space = self.games[0].single_observation_space
         self.action_space = self.games[0].single_action_space
 
     def reset(self, *, seed: int | None = None, options=None) -> tuple[np.ndarray, dict]:
-        """Begin the game that `seed` gives, by default the next one."""
+        """Begin the game that `seed` gives, by default any."""
         obs = [games.reset(seed=None if seed is None else [seed])[0] for games in self.games]
         self.picture = obs[-1][0, 0]
         return obs[0][0], {}

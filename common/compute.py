@@ -45,10 +45,10 @@ OPERATIONS = {
 }
 
 
-def setup_torch(args, faster: str) -> torch.device:
+def setup_torch(args, large: bool) -> torch.device:
     """Set threads, precision and determinism; return the device.
 
-    `faster` is what auto takes: cuda for large networks. For them, and for layers of 256 units,
+    For `large` networks auto takes CUDA, if there is any. For them, and for layers of 256 units,
     "medium" precision lets the CPU multiply with oneDNN, on some twice as fast as MKL; it is not
     kept where the error shows that products are in TF32 or bfloat16. (Convolutions of cuDNN take
     TF32 where they can, as is PyTorch's default.)
@@ -56,9 +56,8 @@ def setup_torch(args, faster: str) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         advice = "use --device cpu" if args.resume is None else "the run was begun on one"
         fail(f"--device cuda: PyTorch finds no CUDA device; {advice}")
-    auto = faster if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if large and torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    large = faster == "cuda"
     if args.bf16 and args.evaluate is None:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
             fail("--bf16: this GPU does not compute in bfloat16")

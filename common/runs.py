@@ -52,7 +52,7 @@ def describe(returns: list[float], lengths: list[int]) -> str:
 
 def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     """Play the episodes of --evaluate in an environment of these spaces, and say how it went."""
-    device = compute.setup_torch(args, faster="cuda")
+    device = compute.setup_torch(args, large=True)
     with failing(f"{args.evaluate} {MISFIT}", KeyError, RuntimeError):
         agent = load_agent(args.evaluate, device=device)
         if (shape := np.shape(agent.act(np.zeros(spaces[0].shape)))) != spaces[1].shape:

@@ -403,10 +403,19 @@ def test_evaluation_plays_whole_games():
 
 def test_evaluation_counts_the_score_as_it_is():
     game = envs.make_env(SimpleNamespace(env_id="ALE/Asterix-v5"))
-    assert game.reset()[0].shape == (4, 84, 84)
+    assert game.reset(seed=0)[0].shape == (4, 84, 84)
     rng = np.random.default_rng(0)
     rewards = [game.step(rng.integers(9))[1] for _ in range(100)]
     assert set(rewards) == {0.0, 50.0}
+
+
+def test_games_without_a_seed_differ_and_their_pictures_are_theirs():
+    games = [atari.AtariGame("breakout", 0.0, "rgb_array") for _ in range(4)]
+    for game in games:
+        game.reset()
+    starts = [[x.frames[0] for x in game.games] for game in games]
+    assert all(shown == drawn for shown, drawn in starts)
+    assert len({shown for shown, _ in starts}) > 1
 
 
 def test_evaluation_renders_the_same_game_in_colour():

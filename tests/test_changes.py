@@ -1,8 +1,10 @@
 """What a reader's change meets: it works, or says at once why it cannot."""
 
+import dataclasses
 from collections import deque
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from conftest import CASES, PPO, each_script, scalars
 import dqn_atari
 import ppo_continuous
 import sac_continuous
-from common import compute, runs
+from common import compute, envs, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import flatten_parameters, functional
 
@@ -183,3 +185,50 @@ def test_a_new_name_of_a_metric_is_logged(monkeypatch):
     logged = scalars(ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r")))
     first, second = ([x[-1] for x in logged[f"losses/{name}"]] for name in ("loss", "twice_loss"))
     np.testing.assert_allclose(np.multiply(first, 2), second, rtol=1e-6)
+
+
+class Simulator:
+    """Pendulums that step together, and cannot repeat what they did."""
+
+    def __init__(self, makers, **_):
+        self.envs = [gym.make("Pendulum-v1", max_episode_steps=20) for _ in makers]
+
+    def reset(self):
+        return np.stack([env.reset()[0] for env in self.envs]), {}
+
+    def step(self, actions):
+        steps = zip(*(env.step(action) for env, action in zip(self.envs, actions)))
+        obs, rewards, terminated, truncated, _ = map(np.array, steps)
+        infos = {"final_obs": obs.copy()}
+        for n in np.flatnonzero(truncated):
+            obs[n], _ = self.envs[n].reset()
+        return obs, rewards, terminated, truncated, infos
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+@pytest.mark.parametrize("case", ["ppo", "sac"])
+def test_a_simulator_that_cannot_repeat_itself_goes_on_with_new_episodes(case, monkeypatch):
+    """As README says where it tells of simulators."""
+
+    class Simulated(envs.Environments):
+        def state_dict(self):
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+            self.lost[:] = True
+
+    monkeypatch.setattr(envs, "SyncVectorEnv", Simulator)
+    monkeypatch.setattr(envs, "Environments", Simulated)
+    script, options = CASES[case]
+    options = options | SHORT | {"compile": False, "run_dir": "r"}
+    args = script.Args(**options | ({"anneal_lr": False} if case == "ppo" else {}))
+    script.train(args)
+    longer = dataclasses.replace(args, resume="r", total_timesteps=256)
+    logged = scalars(script.train(longer, load_checkpoint(Path("r/checkpoint.pt"))))
+    ends = [*(40, 80, 120), *(168, 208, 248)]  # two pendulums: of 64 steps each four are cut off
+    assert sorted({step for step, _ in logged["charts/episodic_length"]}) == ends
+    assert {length for _, length in logged["charts/episodic_length"]} == {20}

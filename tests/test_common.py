@@ -645,7 +645,7 @@ def test_algorithms_on_a_gpu_are_deterministic_as_asked(monkeypatch, asked):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", use)
     args = sac_continuous.Args(device="cuda", torch_deterministic=asked, num_threads=1)
     with pytest.raises(LookupError) as called:
-        compute.setup_torch(args, faster="cuda")
+        compute.setup_torch(args, large=True)
     assert called.value.args == (asked,)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # as it demands
 
@@ -654,7 +654,7 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(SystemExit):
-        compute.setup_torch(sac_continuous.Args(bf16=True), faster="cuda")
+        compute.setup_torch(sac_continuous.Args(bf16=True), large=True)
     assert capsys.readouterr().err == "error: --bf16: this GPU does not compute in bfloat16\n"
 
 
@@ -695,10 +695,10 @@ def test_what_fails_as_it_may_is_one_line(capsys):
 def test_threads_do_not_depend_on_what_ran_before(monkeypatch):
     monkeypatch.setattr(compute, "MOST_THREADS", 3)
     before = torch.get_num_threads()
-    for given, faster, expected in ((0, "cuda", 3), (0, "cpu", 1), (2, "cuda", 2)):
+    for given, large, expected in ((0, True, 3), (0, False, 1), (2, True, 2)):
         torch.set_num_threads(1)
         args = sac_continuous.Args(device="cpu", num_threads=given)
-        compute.setup_torch(args, faster=faster)
+        compute.setup_torch(args, large=large)
         assert args.num_threads == torch.get_num_threads() == expected
     torch.set_num_threads(before)
 
@@ -718,7 +718,7 @@ def test_auto_takes_a_gpu_for_images_sac_and_dqn(name, monkeypatch):
 def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
     randn = torch.randn  # a thousand times as large, so is the error
     monkeypatch.setattr(torch, "randn", lambda *size, **options: 1000 * randn(*size, **options))
-    compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), faster="cuda")
+    compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), large=True)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -729,7 +729,7 @@ def test_wide_layers_are_multiplied_by_onednn_and_a_gpu_is_for_large_networks(
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size))  # an exact product
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = ppo_continuous.Args(hidden_sizes=(size,), num_threads=1)
-    assert compute.setup_torch(args, faster="cpu").type == "cpu"
+    assert compute.setup_torch(args, large=False).type == "cpu"
     assert torch.get_float32_matmul_precision() == precision
 
 
@@ -788,7 +788,7 @@ FLUSH = """
 import platform, torch
 import sac_continuous
 from common import compute
-compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
+compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), large=True)
 tiny = torch.full((1_000_000,), 1e-30) * 1e-10
 supported = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
 print(tiny.count_nonzero().item() if supported else 0)
@@ -806,7 +806,7 @@ import numpy as np
 import sac_continuous
 from common import compute
 
-compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), faster="cuda")
+compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=2), large=True)
 rng = np.random.default_rng(0)
 obs, weight = (rng.normal(size=(rows, 256)).astype(np.float32) for rows in (32, 256))
 print((obs @ weight.T).tobytes().hex())

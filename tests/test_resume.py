@@ -448,16 +448,18 @@ def finish():  # a run before, in the same process
     finished.append(1)
 def init(**options):
     assert finished
-    print(options["id"], options["name"], options["resume"], file=open({str(log)!r}, "a"))
+    names = [options[x] for x in ("id", "name", "resume", "project")]
+    print(*names, file=open({str(log)!r}, "a"))
 """)
     options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "anneal_lr": False}
     for run_dir in ("a/r", "b/r"):
         words = flags(**options, run_dir=run_dir, track=True)
         run("ppo_continuous.py", *words, cwd=tmp_path)
-    words = ["--resume", "a/r", "--total-timesteps", 256]
+    words = ["--resume", "a/r", "--total-timesteps", 256, "--wandb-project-name", "p"]
     run("ppo_continuous.py", *words, cwd=tmp_path)
     first, other, again = (line.split() for line in log.read_text().splitlines())
-    assert first == again and first[1:] == ["r", "allow"] == other[1:] and first[0] != other[0]
+    assert first[1:] == ["r", "allow", "single-file-rl"] == other[1:] and first[0] != other[0]
+    assert again == [*first[:3], "p"]
     for error, said in (
         ("raise RuntimeError('not\\nlogged in')", "not logged in"),
         ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
