@@ -120,7 +120,8 @@ for line in sys.stdin:
         socket.gethostname = lambda: str(time.time_ns())
         for number in (1, 2):
             os.dup2(os.open(f"{cwd}.{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        sys.argv, sys.path[:0] = [script, *words], path
+        # without '', where a script started by its path has its own folder
+        sys.argv, sys.path[:] = [script, *words], [*path, *filter(None, sys.path)]
         try:
             runpy.run_path(script, run_name="__main__")
             sys.exit(0)
@@ -267,6 +268,7 @@ def in_tmp_path(request, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     # events of one second are read in the order of their files' names, in which 10 is before 9
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))

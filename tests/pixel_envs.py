@@ -94,12 +94,11 @@ class Unrepeatable(Clock):
 
 
 class Noise(gym.Env):
-    """Frames of any shape."""
+    """Frames of any shape, without end."""
 
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, shape, dtype=np.uint8):
+    def __init__(self, shape, dtype=np.uint8, continuous=False):
         self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
+        self.action_space = gym.spaces.Box(-1, 1, (2,)) if continuous else gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -117,6 +116,8 @@ gym.register("Constant-truncated-v0", Constant, kwargs={"length": 6, "terminates
 gym.register("Unrepeatable-v0", Unrepeatable)
 gym.register("Colours-v0", Noise, kwargs={"shape": (3, 84, 84)})
 gym.register("ColoursLast-v0", Noise, kwargs={"shape": (84, 84, 3)})
+FILM = {"shape": (3, 8, 8), "dtype": np.float32, "continuous": True}
+gym.register("Film-v0", Noise, kwargs=FILM)
 gym.register("Tiny-v0", Noise, kwargs={"shape": (16, 16)})
 gym.register("Floats-v0", Noise, kwargs={"shape": (84, 84), "dtype": np.float32})
 

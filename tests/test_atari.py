@@ -232,6 +232,10 @@ def test_the_end_of_a_game_begins_another_that_can_be_found_again():
     fresh, *_ = begin()  # the second game from that seed
     fresh.set_attr("history", games.get_attr("history"))
     assert np.array_equal(fresh.get_attr("obs")[0], obs[0]) and not np.array_equal(obs, first)
+    games.episode[0] = 31
+    with mock.patch.object(games.games, "reset", wraps=games.games.reset) as reset:
+        play_until(games, "over")
+    assert games.episode == [32] and not reset.called
     games.episode[0] = 63  # the next has a seed of its own
     _, (obs, *_) = play_until(games, "over")
     assert games.episode == [64]
@@ -410,7 +414,7 @@ def test_evaluation_counts_the_score_as_it_is():
 
 
 def test_games_without_a_seed_differ_and_their_pictures_are_theirs():
-    games = [atari.AtariGame("breakout", 0.0, "rgb_array") for _ in range(4)]
+    games = [atari.AtariGame("breakout", 0.0, "rgb_array") for _ in range(8)]
     for game in games:
         game.reset()
     starts = [[x.frames[0] for x in game.games] for game in games]

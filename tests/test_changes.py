@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CASES, PPO, each_script, scalars
+from conftest import CASES, PPO, assert_same, each_script, scalars
 
 import dqn_atari
 import ppo_continuous
+import ppo_discrete
 import sac_continuous
 from common import compute, envs, runs
 from common.checkpoint import load_checkpoint
@@ -232,3 +233,53 @@ def test_a_simulator_that_cannot_repeat_itself_goes_on_with_new_episodes(case, m
     ends = [*(40, 80, 120), *(168, 208, 248)]  # two pendulums: of 64 steps each four are cut off
     assert sorted({step for step, _ in logged["charts/episodic_length"]}) == ends
     assert {length for _, length in logged["charts/episodic_length"]} == {20}
+
+
+@pytest.mark.parametrize(
+    "script, env_id",
+    [
+        (ppo_continuous, "toy_envs:Unbounded-v0"),
+        (ppo_continuous, "pixel_envs:Film-v0"),
+        (sac_continuous, "pixel_envs:Film-v0"),
+        (ppo_discrete, "pixel_envs:Colours-v0"),
+    ],
+)
+def test_unbounded_actions_and_images_are_taken(script, env_id, monkeypatch):
+    monkeypatch.setattr(envs, "play", lambda *_: ([0.0], [1]))  # some never end
+    options = {"num_steps": 16, "num_minibatches": 2, "learning_starts": 8, "buffer_size": 64}
+    options = {name: x for name, x in options.items() if hasattr(script.Args, name)}
+    options |= {"total_timesteps": 64, "compile": False, "run_dir": "r"}
+    script.train(script.Args(env_id=env_id, **options))
+    assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 64
+
+
+@each_script
+def test_a_run_may_begin_with_the_weights_of_another(script, options, monkeypatch):
+    options = options | SHORT | {"compile": False}
+    known = script.load_agent(script.train(script.Args(**options, run_dir="a"))).state_dict()
+    begun, save = {}, runs.Run.save
+
+    class Agent(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.load_state_dict(known)
+
+    def begin(run, step, **rest):
+        if step == 0:
+            begun.update({k: x.clone() for k, x in run.parts["agent"].state_dict().items()})
+        save(run, step, **rest)
+
+    monkeypatch.setattr(script, "Agent", Agent)
+    monkeypatch.setattr(runs.Run, "save", begin)
+    script.train(script.Args(**options, run_dir="b"))
+    assert_same(begun, dict(known))
+
+
+def test_batch_norm_is_refused(monkeypatch):
+    def mlp(*sizes):
+        layers = nn.Linear(sizes[0], 8), nn.BatchNorm1d(8), nn.Linear(8, sizes[-1])
+        return ppo_continuous.tensors.Network(*layers)
+
+    monkeypatch.setattr(ppo_continuous, "mlp", mlp)
+    with pytest.raises(RuntimeError, match="in.?place"):
+        ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r"))

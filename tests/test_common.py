@@ -4,11 +4,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import multiprocessing
 import operator
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -130,8 +132,9 @@ def test_an_episode_of_which_not_all_actions_are_known_begins_anew(capsys):
     assert second.lost.tolist() == [False, True] and "new episodes" in capsys.readouterr().out
 
 
-def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(capsys):
+def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(monkeypatch, capsys):
     """Only that one, in one line; here it is the episodes whose seed is odd."""
+    monkeypatch.setattr(toy_envs.Unseeded, "drawn", itertools.count())  # as in any order of tests
     first = make("toy_envs:Unseeded-v0", num_envs=8)
     while not 0 < first.lengths.min():
         play(first, sample_actions(first, 3))
@@ -607,7 +610,7 @@ def test_rounding_does_not_decide_where_it_acts(capsys):
 def test_bounds_are_within_those_of_the_space_and_in_order():
     space = gym.spaces.Box(np.array([0.1, -0.3, 0.7]), np.array([0.1, 0.3, 0.7]), dtype=np.float64)
     low, high = (x.numpy() for x in bounds(space))
-    assert low[1] >= -0.3 and high[1] <= 0.3
+    assert float(low[1]) >= -0.3 and float(high[1]) <= 0.3
     assert low[0] == high[0] == pytest.approx(0.1) and low[2] == high[2] == pytest.approx(0.7)
     assert bounds(gym.spaces.Box(-2.0, 1.0, ())) == (-2, 1)
 
@@ -692,6 +695,12 @@ def test_what_fails_as_it_may_is_one_line(capsys):
         raise ValueError("is a bug, which keeps its traceback")
 
 
+@pytest.mark.parametrize("cores, most", [(1, 1), (3, 3), (6, 4)])
+def test_at_most_four_threads_are_taken_unasked(cores, most, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert runpy.run_path(compute.__file__)["MOST_THREADS"] == most
+
+
 def test_threads_do_not_depend_on_what_ran_before(monkeypatch):
     monkeypatch.setattr(compute, "MOST_THREADS", 3)
     before = torch.get_num_threads()
@@ -715,9 +724,18 @@ def test_auto_takes_a_gpu_for_images_sac_and_dqn(name, monkeypatch):
         script.train(script.Args(**options))
 
 
-def test_products_are_not_taken_in_a_precision_that_errs(monkeypatch):
-    randn = torch.randn  # a thousand times as large, so is the error
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: 1000 * randn(*size, **options))
+@pytest.mark.parametrize("bits", [8, 11])  # of bfloat16 and TF32
+def test_products_are_not_taken_in_a_precision_that_errs(bits, monkeypatch):
+    matmul = torch.Tensor.__matmul__
+
+    def cut(x):
+        mantissa, exponent = torch.frexp(x)
+        return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+    def product(a, b):
+        return matmul(cut(a), cut(b)) if a.dtype == torch.float32 else matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
     compute.setup_torch(sac_continuous.Args(device="cpu", num_threads=1), large=True)
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -975,12 +993,15 @@ def test_what_two_scripts_both_have_is_written_in_one_way():
 
 @pytest.mark.parametrize("script", [ppo_continuous, ppo_discrete, sac_continuous, dqn_atari])
 def test_every_number_has_a_range(script, capsys):
+    may_be_0 = "seed checkpoint_every eval_every learning_starts num_threads".split()
     for field in dataclasses.fields(script.Args):
         if re.search(r"\b(int|float)\b", str(field.type)):
-            wrong = (-1,) if "tuple" in str(field.type) else -1
-            with pytest.raises(SystemExit):
-                arguments.check_ranges(dataclasses.replace(script.Args(), **{field.name: wrong}))
-            assert capsys.readouterr().err.startswith(f"error: {arguments.flag(field.name)} ")
+            several, integer = "tuple" in str(field.type), "int" in str(field.type)
+            for wrong in [-1] + [0] * (integer and field.name not in may_be_0):
+                given = {field.name: (wrong,) if several else wrong}
+                with pytest.raises(SystemExit):
+                    arguments.check_ranges(dataclasses.replace(script.Args(), **given))
+                assert capsys.readouterr().err.startswith(f"error: {arguments.flag(field.name)} ")
 
 
 @each_case

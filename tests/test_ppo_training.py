@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -124,8 +125,11 @@ def test_ratio_is_one_at_the_first_minibatch_of_every_rollout(monkeypatch, ppo, 
     )
     assert len(seen) == 10 * 2 * 4 and agent.obs_statistics.count == 640
     for _, metrics in seen[::8]:
-        assert abs(metrics["old_approx_kl"]) < 1e-6 and metrics["clipfrac"] == 0
-        assert metrics["policy_loss"] == pytest.approx(0, abs=1e-5)  # advantages have mean 0
+        # bfloat16 may be summed in an order that depends on the number of rows
+        assert abs(metrics["old_approx_kl"]) < (1e-4 if options.get("bf16") else 1e-6)
+        assert metrics["clipfrac"] == 0
+        least = 1e-3 if options.get("bf16") else 1e-5
+        assert metrics["policy_loss"] == pytest.approx(0, abs=least)  # advantages have mean 0
     assert max(metrics["approx_kl"] for _, metrics in seen) > 1e-5
     indices, rates = zip(*(inputs[-2:] for inputs, _ in seen))
     orders = [tuple(torch.cat(indices[i : i + 4]).tolist()) for i in range(0, 80, 4)]
@@ -337,13 +341,15 @@ def test_best_pt_is_evaluated_on_episodes_that_did_not_choose_it(ppo, monkeypatc
     args = ppo.Args(env_id=simple(ppo), total_timesteps=128, **SHORT)
     ppo.train(args)
     played = [{x for x in seen if x[1] == "eval"}]
-    for path in ("r", "r/best.pt"):
+    shutil.copy("r/checkpoint.pt", "r/step_128.pt")
+    assert_same(*(dict(ppo.load_agent("r", *x).state_dict()) for x in ((), ("step_128.pt",))))
+    for path in ("r", "r/best.pt", "r/step_128.pt"):
         seen.clear()
         again = dataclasses.replace(args, evaluate=path)
         runs.evaluate(ppo.load_agent, again, ppo.check_args(again))
         played.append(seen.copy())
-    assert len(played[0]) == len(played[2]) == 6  # of two episodes: resets, actions, epsilon
-    assert played[0] == played[1] and played[0].isdisjoint(played[2])
+    assert [len(x) for x in played] == [6] * 4  # of two episodes: resets, actions, epsilon
+    assert played[0] == played[1] and played[0].isdisjoint(played[2] | played[3])
 
 
 @needs_compiler
@@ -457,6 +463,24 @@ def test_every_option_trains(monkeypatch, ppo, options):
         logged = [value for _, value in scalars(Path("r"))["losses/explained_variance"]]
         before = [1 - ((x[5] - x[4]).var() / x[5].var()).item() for x, _ in seen[::2]]
         assert logged == pytest.approx(before, rel=1e-3, abs=1e-4)  # of the values before learning
+
+
+def test_target_kl_is_of_the_last_minibatch_of_an_epoch(monkeypatch, ppo):
+    kls, seen = [9.0, 9.0, 9.0, 0.1, 0.0, 0.0, 0.0, 0.6], []  # goes on, then stops
+
+    def wrap(function, *_):
+        def update(*inputs):
+            metrics = torch.full_like(function(*inputs), 9.0)
+            metrics[ppo.METRICS.index("approx_kl")] = kls[len(seen) % 8]
+            seen.append(1)
+            return metrics
+
+        return update
+
+    monkeypatch.setattr(compute, "compile_function", wrap)
+    options = SHORT | {"update_epochs": 3, "target_kl": 0.5}
+    ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=128, **options))
+    assert len(seen) == 2 * 8
 
 
 def test_without_normalised_advantages_a_minibatch_may_be_of_one(ppo):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import shlex
@@ -447,19 +448,21 @@ finished = []
 def finish():  # a run before, in the same process
     finished.append(1)
 def init(**options):
-    assert finished
-    names = [options[x] for x in ("id", "name", "resume", "project")]
+    assert finished and options["sync_tensorboard"] and options["config"]["num_steps"] == 64
+    assert options["config"]["resume"] or not list(options["dir"].glob("events*"))  # to see all
+    names = [options[x] for x in ("id", "name", "resume", "project", "entity")]
     print(*names, file=open({str(log)!r}, "a"))
 """)
     options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "anneal_lr": False}
     for run_dir in ("a/r", "b/r"):
         words = flags(**options, run_dir=run_dir, track=True)
         run("ppo_continuous.py", *words, cwd=tmp_path)
-    words = ["--resume", "a/r", "--total-timesteps", 256, "--wandb-project-name", "p"]
+    words = ["--resume", "a/r", "--total-timesteps", 256]
+    words += ["--wandb-project-name", "p", "--wandb-entity", "e"]
     run("ppo_continuous.py", *words, cwd=tmp_path)
     first, other, again = (line.split() for line in log.read_text().splitlines())
-    assert first[1:] == ["r", "allow", "single-file-rl"] == other[1:] and first[0] != other[0]
-    assert again == [*first[:3], "p"]
+    assert first[1:] == ["r", "allow", "single-file-rl", "None"] == other[1:]
+    assert again == [*first[:3], "p", "e"] and first[0] != other[0]
     for error, said in (
         ("raise RuntimeError('not\\nlogged in')", "not logged in"),
         ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
@@ -632,7 +635,8 @@ def test_a_run_that_cannot_begin_leaves_no_folder(error, monkeypatch):
 
 
 def test_two_runs_begun_in_one_second_have_two_folders(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1e9)
+    milliseconds = itertools.count(10**18, 10**6)
+    monkeypatch.setattr(time, "time_ns", lambda: next(milliseconds))
     args = Args(env_id="Pendulum-v1", total_timesteps=64, **SHORT)
     assert train(args) != train(args)
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import toy_envs
 from conftest import (
     ROOT,
     assert_killed_ends_as_whole,
@@ -732,6 +734,7 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
 
 def test_replay_begins_anew_where_an_environment_was_lost(monkeypatch, capsys):
     """What a transition begins with is what its environment showed then."""
+    monkeypatch.setattr(toy_envs.Unseeded, "drawn", itertools.count())  # as in any order of tests
     record(monkeypatch)
     send, add, shown = envs.Environments.send, sac.Replay.add, []
 

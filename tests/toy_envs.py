@@ -1,5 +1,6 @@
 """Small environments with known answers, registered the way a user's own module would."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -111,12 +112,14 @@ class Opaque(Shaped):
 
 
 class Unseeded(Shaped):
-    """Draws from a generator that nobody seeded, in episodes whose seed is odd."""
+    """Draws other numbers each time, in episodes whose seed is odd."""
+
+    drawn = itertools.count()
 
     def reset(self, *, seed=None, options=None):
         obs, info = super().reset(seed=seed)
         if seed % 2:
-            self.np_random = np.random.default_rng()
+            self.np_random = np.random.default_rng(next(self.drawn))
         return obs, info
 
 
