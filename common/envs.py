@@ -98,7 +98,7 @@ class Replayable(gym.Wrapper):
         self.obs, _ = self.reset()
         try:
             for action in history[1]:
-                self.obs, _, terminated, truncated, _ = self.step(action)
+                self.obs, _, terminated, truncated, _ = self.step(action.copy())
                 if terminated or truncated:
                     raise RuntimeError("the episode ended before all were repeated")
         except Exception:  # or, e.g., this state does not allow the action

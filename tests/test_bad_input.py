@@ -113,13 +113,16 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     (tmp_path / "hidden" / "wandb").mkdir(parents=True)
     (tmp_path / "hidden" / "wandb" / "__init__.py").write_text("raise ImportError")
 
-    def edit(**changed) -> bytes:
+    def edit(*without, **changed) -> bytes:
         state = load_checkpoint(folder / "checkpoint.pt") | {"global_step": 64}
         state["args"] |= changed
+        for name in without:
+            del (state if name in state else state["agent"])[name]
         save_checkpoint(tmp_path / "edited.pt", state)
         return (tmp_path / "edited.pt").read_bytes()
 
     edited = edit(hidden_sizes=(32,))  # as if the network had been edited
+    bare, free = edit("optimizer"), edit("low")  # of a script that had neither
     elsewhere, tracked = edit(env_id="MountainCarContinuous-v0"), edit(track=True)
     refused = (
         (whole[:1000], "--resume r", "damaged"),
@@ -130,6 +133,8 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         (whole, "--run-dir r", "exists already; --resume r continues it"),
         (whole, "--evaluate r --no-compile", "takes --compile from the run"),
         (edited, "--resume r", "does not fit the script"),
+        (bare, "--resume r", "does not fit the script"),
+        (free, "--evaluate r", "does not fit the script"),
         (edited, "--evaluate r", "size mismatch for actor.0.weight"),
         (elsewhere, "--evaluate r", "does not fit the script or environment as it is now"),
         (whole, "--evaluate r --render --capture-video", "exclude each other"),
@@ -143,11 +148,12 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
         assert (folder / "checkpoint.pt").read_bytes() == content
     (folder / "checkpoint.pt").write_bytes(tracked)
     run("ppo_continuous.py", "--evaluate", "r", cwd=tmp_path)
-    config = json.loads((folder / "config.json").read_text()) | {"code": "another"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"code": "another", "versions": {}, "machine": {}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoint.pt").write_bytes(edit(track=False))
     done = run("ppo_continuous.py", "--resume", "r", cwd=tmp_path)
-    assert "changed since the run began: code; resuming" in done.stdout
+    assert "changed since the run began: code, versions, machine; resuming" in done.stdout
     done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"

@@ -22,6 +22,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, assert_same, needs_git, scalars
+from tensorboard.backend.event_processing import event_accumulator
 from torch.utils.tensorboard import SummaryWriter
 
 import dqn_atari
@@ -354,6 +355,8 @@ def test_every_environment_of_the_suites_has_a_random_return(monkeypatch):
 def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py"])
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    # of long runs, too, of which TensorBoard's reader would drop some
+    monkeypatch.setitem(event_accumulator.DEFAULT_SIZE_GUIDANCE, "scalars", 3)
     args = ppo.Args(
         env_id="InvertedPendulum-v5",
         total_timesteps=1024,
@@ -787,6 +790,8 @@ def test_compare_tells_a_faster_learner_where_both_reach_the_most(capsys):
             config = json.loads(path.read_text())
             config["args"]["learning_rate"] = rate
             path.write_text(json.dumps(config))
+    grows = make_result()._replace(returns=np.array([1.0, 5.0]), lengths=np.array([10.0, 30.0]))
+    assert plots.MEASURES["over the run"](grows) == 4  # of steps, not of episodes
     assert plots.unlike([make_result()], [make_result(seed=2)]) == "the same arguments"
     sides = [make_result(), make_result()]
     for result, rollout in zip(sides, ((8, 4), (8, 2))):
@@ -1224,6 +1229,14 @@ def test_memory_fills_a_replay_and_then_takes_no_more(capsys, tmp_path):
     assert frames < full < 1.5 * frames and later - full < 0.1 * frames
 
 
+def test_memory_of_sacs_replay_is_measured_by_its_command(monkeypatch):
+    words = "memory sac_continuous --env-id Pendulum-v1 --buffer-size 6000 --output m.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    runpy.run_module("benchmarks", run_name="__main__")
+    assert list(json.loads(Path("m.json").read_text())["mib"]) == ["600", "3000", "6000", "6600"]
+
+
 def test_progress_is_read_from_the_log():
     log = "1,000 of 4,000 steps (25%) | 313 steps/s | 00:09 left | return 0.0 (last 6)\n"
     assert run.read_progress(log) == (1000, 4000, 313, "00:09", 0.0)
@@ -1376,6 +1389,7 @@ def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is
 
 def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys):
     started, alive, most, flags = [], [], 0, None
+    memory_there_is = run.available_memory
 
     def start(job, threads):
         nonlocal most, flags
@@ -1415,6 +1429,20 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")  # of a container
     assert run.available_cores() == 2
+    monkeypatch.setattr(Path, "read_text", lambda _: "1000000000\n")
+    assert memory_there_is() == 10**9
+
+
+def test_suites_are_commands_that_can_be_run_and_gone_on_with_exactly():
+    for suite in suites.SUITES.values():
+        for script, env_id, flags in suite.runs:
+            words = ["--env-id", env_id, *flags.split()]
+            args = tyro.cli(sys.modules[script].Args, args=words)
+            arguments.check_ranges(args)
+            assert getattr(args, "checkpoint_replay", True)
+    seeds = {name: suite.seeds for name, suite in suites.SUITES.items() if name != "smoke"}
+    expected = {"ppo_continuous": 5, "ppo_discrete": 5}
+    assert seeds == expected | dict.fromkeys(("ppo_atari", "dqn_atari", "sac_continuous"), 3)
 
 
 def test_what_died_before_its_first_checkpoint_is_begun_anew(monkeypatch):

@@ -68,7 +68,7 @@ def sample_actions(environments, steps: int) -> list[np.ndarray]:
 
 
 def play(environments, actions: list[np.ndarray]) -> list[list[np.ndarray]]:
-    return [[np.copy(x) for x in environments.step(action)[:4]] for action in actions]
+    return [[np.copy(x) for x in environments.step(np.copy(action))[:4]] for action in actions]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,9 @@ def test_environments_are_found_again_exactly(env_id, vectorization, tmp_path, c
     expected = play(first, actions[47:])
     play(second, actions[5:10])  # elsewhere by now
     second.finished_episodes()
-    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    second.load_state_dict(saved := load_checkpoint(tmp_path / "c"))
     assert not second.lost.any() and not capsys.readouterr().out
+    assert_same(saved, load_checkpoint(tmp_path / "c"))
     np.testing.assert_array_equal(second.obs, pending)
     assert_same(play(second, actions[47:]), expected)
     rest = first.finished_episodes()
@@ -779,7 +780,9 @@ def test_a_renderer_that_fails_is_noticed_before_the_training(
 
 def test_mujoco_that_cannot_be_drawn_says_which_package_would_do_it(monkeypatch, capsys):
     monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.setattr(envs, "prepare_video", lambda: None)
+    order, make_env = [], envs.make_env
+    monkeypatch.setattr(envs, "prepare_video", lambda: order.append("renderer"))
+    monkeypatch.setattr(envs, "make_env", lambda *x: order.append("env") or make_env(*x))
     broken = mock.Mock(side_effect=OSError("EGL"))
     monkeypatch.setattr("gymnasium.envs.mujoco.MujocoEnv.render", broken)
     args = ppo_continuous.Args(env_id="Hopper-v5", capture_video=True)
@@ -787,6 +790,7 @@ def test_mujoco_that_cannot_be_drawn_says_which_package_would_do_it(monkeypatch,
         envs.check_spaces(args, gym.spaces.Box, "")
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: Hopper-v5 cannot be drawn here (apt install libosmesa6): EGL"
+    assert order[0] == "renderer"  # an environment keeps the one that it was made with
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
@@ -794,6 +798,11 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.ones(3)})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+        torn = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos\nframe #0")
+        patch.setattr(torch, "save", mock.Mock(side_effect=torn))  # as its zip writer does
+        save_checkpoint(tmp_path / "checkpoint.pt", {})
+    assert capsys.readouterr().err.endswith("unexpected pos\n")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="1"):
         save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.zeros(3)})
@@ -856,7 +865,7 @@ def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
 ):
     stored = {"args": {"total_timesteps": 100, **flags}, "device": "cpu"}
     monkeypatch.setattr(arguments, "load_run", lambda *_: stored)
-    words = "--resume r --total-timesteps 200 --checkpoint-every 5 --eval-every 6 --eval-episodes 7"
+    words = "--resume=r --total-timesteps=200 --checkpoint-every 5 --eval-every 6 --eval-episodes 7"
     monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *words.split(), "--track"])
     if depends:
         with pytest.raises(SystemExit):
@@ -1125,6 +1134,8 @@ def test_a_mistake_in_a_users_environment_is_said_to_be_there(capsys):
     for env_id, said in (
         ("toy_envs:Mistaken-v0", r"no attribute 'size' \(.*toy_envs.py, line \d+\)\n"),
         ("Missing-v0", r"error: --env-id Missing-v0: [^(]*\n"),
+        ("toy_envs:Needy-v0", "error: --env-id toy_envs:Needy-v0: .*missing 1 required"),
+        (":CartPole-v1", "error: --env-id :CartPole-v1: Empty module name"),
         ("ALE/breakout-v5", "; games are spelled as ALE/Breakout-v5\n"),
     ):
         with pytest.raises(SystemExit):

@@ -670,6 +670,18 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072
 
 
+def test_a_run_begins_where_a_file_system_has_no_locks(monkeypatch):
+    monkeypatch.setattr(runs.fcntl, "lockf", mock.Mock(side_effect=OSError(37, "No locks")))
+    train(Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT))
+    assert load_checkpoint("r/checkpoint.pt")["finished"]
+
+
+def test_a_slow_reader_does_not_end_a_run():
+    slow = mock.Mock()
+    slow.flush.side_effect = BlockingIOError
+    assert runs.say("a line", slow)
+
+
 def test_a_run_is_not_trained_by_two_processes_at_once(capsys):
     args = Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT)
     train(args)

@@ -100,7 +100,9 @@ class Broken(Shaped):
 
 
 class Opaque(Shaped):
-    """Nobody could save its attributes, and nobody is to use its get_state and set_state."""
+    """Nobody could save its attributes, nobody is to use its get_state and set_state, and actions
+    are changed in place.
+    """
 
     def __init__(self):
         self.handle = iter([])
@@ -109,6 +111,10 @@ class Opaque(Shaped):
         raise NotImplementedError
 
     set_state = get_state
+
+    def push(self, action):
+        action *= 0.5
+        return action[:, 0]
 
 
 class Unseeded(Shaped):
@@ -235,7 +241,8 @@ class Whim(Counter):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        return self.action_space.sample().astype(np.float64), *super().step(action)[1:]
+        shown = self.action_space.sample().astype(np.float64) / 3  # not of the space's precision
+        return shown, *super().step(action)[1:]
 
 
 class Drawing(gym.Wrapper):
@@ -321,6 +328,7 @@ for kind, discrete in (("", False), ("-discrete", True)):
 gym.register(
     "Wrapped-v0", lambda: Drawing(gym.wrappers.RescaleAction(Whim(), *np.float32([-2, 2])))
 )
+gym.register("Needy-v0", lambda size: Counter())
 for cls in (
     Shaped,
     Buttons,
