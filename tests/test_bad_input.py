@@ -22,6 +22,7 @@ CASES = {
     "--render": "--render goes with --evaluate",
     "--num-envs 0": "at least 1",
     "--num-steps -5": "at least 1",
+    "--num-steps 100000000000000 --total-timesteps 100000000000000": "--num-steps 1000",
     "--total-timesteps 0": "at least 1",
     "--total-timesteps 2047": "at least 2048",
     "--num-minibatches 3": "--num-minibatches 3: must divide a rollout's 2048 samples",

@@ -1,6 +1,7 @@
 """What a reader's change meets: it works, or says at once why it cannot."""
 
 import dataclasses
+import shutil
 from collections import deque
 from pathlib import Path
 
@@ -273,6 +274,10 @@ def test_a_run_may_begin_with_the_weights_of_another(script, options, monkeypatc
     monkeypatch.setattr(runs.Run, "save", begin)
     script.train(script.Args(**options, run_dir="b"))
     assert_same(begun, dict(known))
+    shutil.copy("b/checkpoint.pt", "a/other.pt")
+    other, last = (dict(script.load_agent(*x).state_dict()) for x in (("a", "other.pt"), ("b",)))
+    assert_same(other, last)
+    assert any(not torch.equal(other[name], x) for name, x in known.items())
 
 
 def test_batch_norm_is_refused(monkeypatch):

@@ -911,13 +911,13 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             | {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 1}
             | {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "clip_coef": 0.2}
             | {"ent_coef": 0.0, "norm_obs": True, "norm_reward": True, "hidden_sizes": (64, 64)}
-            | {"clip_reward": False, "squash": False},
+            | {"clip_reward": False, "squash": False, "env_id": "HalfCheetah-v5"},
         ),
         (
             ppo_discrete.Args(),
             DISCRETE
             | {"total_timesteps": 500_000, "num_envs": 4, "clip_coef": 0.2}
-            | {"clip_reward": False, "hidden_sizes": (64, 64)},
+            | {"clip_reward": False, "hidden_sizes": (64, 64), "env_id": "CartPole-v1"},
         ),
         (
             ppo_discrete.Args(**ppo_discrete.ATARI),
@@ -930,7 +930,8 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "gamma": 0.99, "tau": 0.005}
             | {"batch_size": 256, "learning_starts": 5000, "policy_lr": 3e-4, "q_lr": 1e-3}
             | {"policy_frequency": 2, "target_network_frequency": 1, "autotune": True}
-            | {"num_envs": 1, "utd_ratio": 1.0, "hidden_sizes": (256, 256), "alpha": 0.2},
+            | {"num_envs": 1, "utd_ratio": 1.0, "hidden_sizes": (256, 256), "alpha": 0.2}
+            | {"env_id": "HalfCheetah-v5", "log_every": 1000},
         ),
         (
             dqn_atari.Args(),
@@ -940,7 +941,8 @@ DISCRETE |= {"update_epochs": 4, "ent_coef": 0.01, "norm_obs": False, "norm_rewa
             | {"learning_starts": 80_000, "train_frequency": 4, "max_grad_norm": None}
             | {"n_step": 1, "double": False, "dueling": False, "prioritized": False}
             | {"num_envs": 8, "checkpoint_replay": False, "sticky_actions": 0.0}
-            | {"clip_reward": True, "priority_alpha": 0.6, "priority_beta": 0.4, "eval_e": 0.01},
+            | {"clip_reward": True, "priority_alpha": 0.6, "priority_beta": 0.4, "eval_e": 0.01}
+            | {"env_id": "ALE/Breakout-v5", "log_every": 1000},
         ),
     ],
     ids=["ppo_continuous", "ppo_discrete", "ppo_atari", "sac_continuous", "dqn_atari"],
@@ -949,6 +951,8 @@ def test_defaults_are_cleanrls(args, expected):
     expected = expected | {"seed": 1, "torch_deterministic": True, "device": "auto"}
     expected |= {"compile": True, "bf16": False, "num_threads": 0, "vectorization": "sync"}
     expected |= {"checkpoint_every": 50_000, "eval_every": 0, "eval_episodes": 10}
+    expected |= {"exp_name": sys.modules[type(args).__module__].SCRIPT, "run_dir": ""}
+    expected |= {"wandb_project_name": "single-file-rl", "track": False, "capture_video": False}
     assert {name: getattr(args, name) for name in expected} == expected
     source = inspect.getsource(sys.modules[type(args).__module__].train)
     eps = "1e-5" if isinstance(args, (ppo_continuous.Args, ppo_discrete.Args)) else "1e-8"

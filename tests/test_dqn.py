@@ -211,11 +211,12 @@ def test_the_smallest_replay_has_something_to_draw_when_begun_anew(n_step, num_e
     steps=st.integers(1, 80),
     chances=st.tuples(*[st.sampled_from([0.0, 0.1, 0.4])] * 2, st.sampled_from([0, 0.2, 0.6, 1])),
     prioritized=st.booleans(),
+    alpha=st.sampled_from([0.0, 0.6, 1.0]),
     saved=st.integers(0, 80),
     lost=st.integers(0, 80),
 )
 def test_replay_equals_one_of_whole_stacks(
-    seed, num_envs, n_step, rows, steps, chances, prioritized, saved, lost
+    seed, num_envs, n_step, rows, steps, chances, prioritized, alpha, saved, lost
 ):
     """Lost lives, ends of games, time limits; rows and frames wrap around; on the way it is saved,
     and begins anew with other episodes, as a resumed run does that has lost its own.
@@ -225,6 +226,7 @@ def test_replay_equals_one_of_whole_stacks(
         n_step=n_step,
         buffer_size=rows * num_envs,
         prioritized=prioritized,
+        priority_alpha=alpha,
         batch_size=64,
         gamma=0.9,
         clip_reward=seed % 2 == 0,
@@ -282,7 +284,14 @@ def test_replay_equals_one_of_whole_stacks(
 
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("prioritized", [False, True])  # when all have the same priority
-def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step, prioritized):
+def test_replay_is_sampled_uniformly_from_all_that_is_complete(n_step, prioritized, monkeypatch):
+    sample = dqn.SumTree.sample
+
+    def exact(self, uniform):
+        assert uniform.dtype == torch.float64  # float32 cannot tell a million leaves apart
+        return sample(self, uniform)
+
+    monkeypatch.setattr(dqn.SumTree, "sample", exact)
     options = {"n_step": n_step, "prioritized": prioritized}
     args = dqn.Args(num_envs=3, buffer_size=30, batch_size=20, **options)
     world, replay = (
@@ -382,6 +391,16 @@ def test_training_stores_what_the_environments_showed(monkeypatch, env_id, kinds
         assert [total for _, total in returns] == totals and max(map(abs, totals)) > 0
 
 
+def test_frames_of_a_large_replay_are_found():
+    """More than 16 bits can count."""
+    args, n = dqn.Args(num_envs=20_000, buffer_size=40_000), 20_000
+    replay, no = dqn.Replay(args, (4, 1, 1), CPU), np.zeros(n, bool)
+    obs = (np.arange(4 * n) % 251).astype(np.uint8).reshape(n, 4, 1, 1)
+    replay.start(obs)
+    replay.add(np.zeros(n, int), np.zeros(n), no, no, obs, {"over": no})
+    np.testing.assert_array_equal(replay.batch(torch.arange(n))[0].numpy(), obs)
+
+
 def test_replay_begins_anew_where_an_environment_was_lost(monkeypatch):
     """No n-step reward goes on from an episode that a resumed run did not find again."""
     options = SHORT | {"env_id": "pixel_envs:Unrepeatable-v0", "num_envs": 2, "n_step": 3}
@@ -389,7 +408,13 @@ def test_replay_begins_anew_where_an_environment_was_lost(monkeypatch):
     args = dqn.Args(**options, total_timesteps=100, checkpoint_every=50, gamma=1.0)
     monkeypatch.setattr(envs, "play", lambda *_: ([0.0], [1]))
     dqn.train(args)
-    checkpoint = load_checkpoint(Path("r/checkpoint.pt"))
+    checkpoint, load = load_checkpoint(Path("r/checkpoint.pt")), envs.Environments.load_state_dict
+
+    def one(self, state):
+        load(self, state)
+        self.lost[1] = False  # one is enough
+
+    monkeypatch.setattr(envs.Environments, "load_state_dict", one)
     dqn.train(dataclasses.replace(args, resume="r", total_timesteps=120), checkpoint)
     state = load_checkpoint(Path("r/checkpoint.pt"))["replay"]
     replay = dqn.Replay(args, (4, 36, 36), CPU)
@@ -968,15 +993,16 @@ def test_value_at_time_limits(end, n_step, expected):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("wrong, when", [(math.nan, 24), (math.inf, 24), (math.nan, 40)])
 def test_wrong_reward_stops_the_run_and_leaves_the_last_good_checkpoint(
-    monkeypatch, capsys, prioritized, wrong
+    monkeypatch, capsys, prioritized, wrong, when
 ):
+    """At the first or the last step between two logs."""
     recv = envs.Environments.recv
 
     def broken(self):
         obs, reward, *rest = recv(self)
-        return obs, reward + (wrong if self.steps == 12 else 0), *rest
+        return obs, reward + (wrong if self.steps == when else 0), *rest
 
     monkeypatch.setattr(envs.Environments, "recv", broken)
     options = SHORT | {"learning_starts": 4, "checkpoint_every": 20, "total_timesteps": 400}
@@ -995,6 +1021,21 @@ def test_loss_gone_wrong_stops_the_run(capsys, prioritized):
         dqn.train(dqn.Args(**options, total_timesteps=400))
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 1 and "a weight or loss became NaN" in line
+
+
+def test_weights_gone_wrong_after_finite_losses_stop_the_run(capsys, monkeypatch):
+    def make_update(*_):
+        def update(critic, *_):
+            critic.fill_(math.nan)
+            return torch.ones(2), torch.zeros(8)
+
+        return update
+
+    monkeypatch.setattr(dqn, "make_update", make_update)
+    with pytest.raises(SystemExit) as stopped:
+        dqn.train(dqn.Args(**SHORT, total_timesteps=100, checkpoint_every=20))
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
+    assert all(x.isfinite().all() for x in dqn.load_agent("r").parameters())
 
 
 def test_infinite_loss_stops_the_run(capsys, monkeypatch):

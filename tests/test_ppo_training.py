@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -393,6 +394,30 @@ def test_nan_loss_stops_the_run(ppo, capsys):
     assert all(x.isfinite().all() for x in ppo.load_agent("r").parameters())
 
 
+def test_weights_gone_wrong_after_finite_losses_stop_the_run(ppo, capsys, monkeypatch):
+    def wrap(function, *_):
+        def update(parameters, *rest):
+            metrics = torch.zeros_like(function(parameters, *rest))
+            parameters.fill_(math.nan)
+            return metrics
+
+        return update
+
+    monkeypatch.setattr(compute, "compile_function", wrap)
+    options = SHORT | {"update_epochs": 1, "num_minibatches": 1, "checkpoint_every": 64}
+    with pytest.raises(SystemExit) as stopped:
+        ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=128, **options))
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
+    assert all(x.isfinite().all() for x in ppo.load_agent("r").parameters())
+
+
+def test_an_infinite_reward_is_noticed_though_signs_are_learned_from(ppo, capsys, monkeypatch):
+    monkeypatch.setattr(envs, "_number", lambda _: np.inf)
+    with pytest.raises(SystemExit) as stopped:
+        ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, clip_reward=True, **SHORT))
+    assert stopped.value.code == 1 and "reward or observation became" in capsys.readouterr().err
+
+
 def test_infinite_loss_stops_the_run(ppo, capsys, monkeypatch):
     """Weights stay finite, as the gradient is scaled down to nothing."""
     monkeypatch.setattr(envs, "_number", lambda reward: 1e25 * float(reward))
@@ -457,7 +482,8 @@ def test_every_option_trains(monkeypatch, ppo, options):
         first, second = seen[0][0], seen[1][0]  # new advantages and values, same log-probabilities
         same = [torch.equal(x, y) for x, y in zip(first[:6], second[:6])]
         assert same == [True, True, True, False, False, False]
-        for (*_, values, targets, indices, _), metrics in seen:  # values by the weights of then
+        for (*_, advantages, values, targets, indices, _), metrics in seen:  # by weights of then
+            torch.testing.assert_close(advantages, targets - values, rtol=1e-4, atol=1e-5)
             error = F.huber_loss(values[indices], targets[indices]).item()
             assert metrics["value_loss"] == pytest.approx(error, rel=1e-4)
         logged = [value for _, value in scalars(Path("r"))["losses/explained_variance"]]

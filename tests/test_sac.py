@@ -838,6 +838,23 @@ def test_nan_loss_stops_the_run(env_id, capsys):
     assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
 
 
+@pytest.mark.parametrize("wrong", range(3), ids=["critic", "actor", "alpha"])
+def test_weights_gone_wrong_after_finite_losses_stop_the_run(wrong, capsys, monkeypatch):
+    def make_updates(*_):
+        def update_actor(*networks):
+            networks[wrong].fill_(math.nan)
+            return torch.ones(3)
+
+        return lambda *_: torch.ones(2), update_actor
+
+    monkeypatch.setattr(sac, "make_updates", make_updates)
+    with pytest.raises(SystemExit) as stopped:
+        args = sac.Args(env_id="Pendulum-v1", **SHORT, total_timesteps=200, checkpoint_every=50)
+        sac.train(args)
+    assert stopped.value.code == 1 and "a weight or loss became NaN" in capsys.readouterr().err
+    assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
+
+
 def test_infinite_loss_stops_the_run(capsys, monkeypatch):
     """Weights stay finite, but Adam's averages do not: nothing would be learned any more."""
     monkeypatch.setattr(envs, "_number", lambda reward: 1e25 * float(reward))
