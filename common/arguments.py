@@ -105,7 +105,7 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     if refused := given - allowed:
         refused, allowed = (" ".join(map(flag, sorted(x))) for x in (refused, allowed))
         fail(f"{flag(mode)} takes {refused} from the run; it accepts only {allowed}")
-    if {"render", "capture_video"} <= given:
+    if args.render and args.capture_video:
         fail("--render and --capture-video exclude each other")
     if mode == "resume" and Path(run_dir).is_file():
         fail(f"--resume {run_dir}: takes the run's folder")
@@ -120,5 +120,6 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
             if getattr(stored, schedule, False):
                 fail(f"--total-timesteps cannot change: {flag(schedule)} depends on it in this run")
     anew = {name: getattr(args, name) for name in given} | {mode: run_dir, "run_dir": run_dir}
+    anew |= {"capture_video": False} if args.render else {}  # a run that filmed is only shown
     anew["device"] = checkpoint["device"]  # not auto: a GPU may have come or gone
     return dataclasses.replace(stored, **anew), checkpoint

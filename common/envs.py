@@ -1,6 +1,7 @@
 """Environments: making them, checking their spaces, restoring them when a run is resumed."""
 
 import atexit
+import copy
 import importlib
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
         return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
+    for name in ("action_space", "observation_space"):  # a class's: all would draw from one stream
+        with suppress(AttributeError):  # a property
+            setattr(env.unwrapped, name, copy.deepcopy(getattr(env.unwrapped, name)))
     shape = env.observation_space.shape or ()
     if len(shape) == 2 and min(shape) >= 36 and env.observation_space.dtype == np.uint8:
         env = gym.wrappers.TransformObservation(env, np.copy, None)  # it may reuse its buffer
@@ -295,7 +299,8 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     filming = args.capture_video and not args.render
     if filming:
         videos = run_dir / "videos"
-        name = f"evaluation-{len(list(videos.glob('*.mp4')))}"
+        taken = [int(x.name.split("-")[1]) for x in videos.glob("evaluation-*.mp4")]
+        name = f"evaluation-{max(taken, default=-1) + 1}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
         with failing("--capture-video", OSError):
             env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)

@@ -174,10 +174,12 @@ class Run:
         import wandb
 
         args, identity = self.args, self.dir / "wandb_id"
-        if not identity.exists():  # a folder's name may be another run's too
-            identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
-        ids = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        ids |= {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
+        with failing(f"{self.dir} could not be written", OSError, code=1):
+            if not identity.exists() or not identity.read_text():  # it was never on disk
+                # not the folder's name, which may be another run's too
+                identity.write_text(f"{uuid.uuid4().hex[:12]}\n")
+            ids = {"id": identity.read_text().strip(), "name": self.dir.name, "dir": self.dir}
+        ids |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
         # not `leave`: while wandb asks for a key, the terminal hides what is typed
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -247,6 +249,9 @@ class Run:
         if error is None and self.step == self.last_step:
             self._say(f"done: {self.dir}")
             self.parts["envs"].close()
+        if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
+            with contextlib.suppress(Exception):
+                self.parts["envs"].close()
         if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
             self._leave(close=False)  # amid a step, it might wait for ever

@@ -118,7 +118,8 @@ gym.register("Colours-v0", Noise, kwargs={"shape": (3, 84, 84)})
 gym.register("ColoursLast-v0", Noise, kwargs={"shape": (84, 84, 3)})
 FILM = {"shape": (3, 8, 8), "dtype": np.float32, "continuous": True}
 gym.register("Film-v0", Noise, kwargs=FILM)
-gym.register("Tiny-v0", Noise, kwargs={"shape": (16, 16)})
+gym.register("Tiny-v0", Noise, kwargs={"shape": (35, 84)})
+gym.register("Low-v0", Noise, kwargs={"shape": (3, 35, 84)})
 gym.register("Floats-v0", Noise, kwargs={"shape": (84, 84), "dtype": np.float32})
 
 

@@ -178,7 +178,8 @@ def test_actions_are_not_sticky_unless_asked():
         steps = play(games, [np.full(4, rng.integers(4)) for _ in range(60)])
         assert distinct(np.stack([obs for obs, *_ in steps], axis=1)) == kinds
     args = ppo.Args(env_id="ALE/Breakout-v5", sticky_actions=0.25)
-    for games in (envs.Environments(args).vector_env, envs.make_env(args).games[0]):
+    alone = envs.make_env(args, "rgb_array").games  # what is seen, and what is drawn
+    for games in (envs.Environments(args).vector_env, *alone):
         assert games.games_per_seed == 1  # as with sticky actions
 
 
@@ -428,6 +429,8 @@ def test_evaluation_renders_the_same_game_in_colour():
     rng, over = np.random.default_rng(0), False
     pictures = []
     while not over:
+        seen, drawn = game.games
+        assert seen.frames == drawn.frames and seen.actions == drawn.actions
         picture = game.render()
         assert picture.shape == (210, 160, 3) and picture.dtype == np.uint8
         assert (picture[..., 0] != picture[..., 2]).any()  # colours

@@ -63,6 +63,7 @@ DISCRETE_CASES = {
     "--env-id FrozenLake-v1": "has Discrete observations; wrap it in",
     "--env-id toy_envs:Pictures-v0": "images must be of bytes",
     "--env-id pixel_envs:ColoursLast-v0": "not uint8 [84, 84, 3]; move channels to the front",
+    "--env-id pixel_envs:Low-v0": "at least 36 pixels each way",
     "--env-id pixel_envs:Colours-v0 --norm-obs": "--norm-obs: images are divided by 255",
     "--env-id ALE/Nope-v5": "Nope",
     "--total-timesteps 511": "at least 512",

@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from unittest import mock
 
 import gymnasium as gym
 import numpy as np
+import pixel_envs
 import pytest
 import threadpoolctl
 import torch
@@ -131,6 +133,11 @@ def test_an_episode_of_which_not_all_actions_are_known_begins_anew(capsys):
     saved["lengths"][1] = 10**6 + 1
     second.load_state_dict(saved)
     assert second.lost.tolist() == [False, True] and "new episodes" in capsys.readouterr().out
+    env, _ = first.vector_env.envs
+    env.actions = [None] * (10**6 - 1)
+    for _ in range(2):
+        env.step(np.zeros(1, np.float32))
+    assert len(env.actions) == 10**6
 
 
 def test_an_environment_that_does_not_repeat_itself_begins_new_episodes(monkeypatch, capsys):
@@ -174,20 +181,27 @@ def test_an_environment_that_was_found_is_not_reset_again_where_another_was_lost
     assert second.obs.tolist() == [[3, 0], [3, 1]]
 
 
-def test_an_episode_that_fails_when_repeated_is_lost(monkeypatch):
+@pytest.mark.parametrize(
+    "env_id, cls",
+    [
+        ("toy_envs:Counter-truncated-v0", toy_envs.Counter),
+        ("pixel_envs:SmallCatch-v0", pixel_envs.Catch),
+    ],
+)
+def test_an_episode_that_fails_when_repeated_is_lost(env_id, cls, monkeypatch):
     """As one may whose actions are not allowed in every state."""
 
     def refuse(*_):
         raise AssertionError("not allowed here")
 
-    first = make("toy_envs:Counter-truncated-v0")
+    first, second = make(env_id), make(env_id)
     play(first, sample_actions(first, 3))
     saved = first.state_dict()
-    second = make("toy_envs:Counter-truncated-v0")
     with monkeypatch.context() as patch:
-        patch.setattr(toy_envs.Counter, "step", refuse)
+        patch.setattr(cls, "step", refuse)
         second.load_state_dict(saved)
-    assert second.lost.all() and not second.obs.any()
+    assert second.lost.all() and not second.lengths.any()
+    assert not second.obs[:, -1:].any() or cls is pixel_envs.Catch
 
 
 def test_rewards_may_be_arrays_of_one_number():
@@ -877,6 +891,15 @@ def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
         assert args.eval_episodes == 7 and args.track
 
 
+def test_a_run_that_filmed_may_be_shown(monkeypatch):
+    stored = {"args": {"capture_video": True}, "device": "cpu"}
+    monkeypatch.setattr(arguments, "load_run", lambda *_: stored)
+    for words in ("--evaluate r --render", "--evaluate r --render --no-capture-video"):
+        monkeypatch.setattr(sys, "argv", ["sac_continuous.py", *words.split()])
+        args, _ = arguments.parse_args(sac_continuous.Args, "sac_continuous")
+        assert args.render and not args.capture_video
+
+
 def test_a_run_of_other_arguments_is_refused_in_one_line(monkeypatch, capsys):
     checkpoint = {"args": {"sede": 3}, "device": "cpu"}
     monkeypatch.setattr(arguments, "load_run", lambda *_: checkpoint)
@@ -1042,7 +1065,9 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
         assert torch.equal(a, b) and not torch.equal(a, c), name
 
 
-@pytest.mark.parametrize("env_id", ["toy_envs:Whim-v0", "toy_envs:Wrapped-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["toy_envs:Whim-v0", "toy_envs:SharedWhim-v0", "toy_envs:Wrapped-v0"]
+)
 def test_an_environment_may_draw_from_its_spaces(env_id):
     def play(environments, steps: int) -> np.ndarray:
         action = np.zeros((environments.obs.shape[0], 1), np.float32)
@@ -1057,6 +1082,8 @@ def test_an_environment_may_draw_from_its_spaces(env_id):
     assert np.array_equal(play(make(1, num_envs=1), 12), seen[:, :1])
     resumed = make(1)
     resumed.load_state_dict(environments.state_dict())
+    evaluated = Args(env_id=env_id, eval_episodes=1)
+    envs.play(lambda _: np.zeros(1, np.float32), evaluated, Path())  # draws from spaces of its own
     assert not resumed.lost.any() and np.array_equal(play(resumed, 7), play(environments, 7))
     args = SimpleNamespace(env_id=env_id, seed=3, eval_episodes=2)
     args.render = args.capture_video = False
@@ -1134,6 +1161,14 @@ def test_observations_may_be_views_that_run_backwards(script, options):
     assert np.array_equal(agent.act(obs[::-1].copy()[::-1]), agent.act(obs))
 
 
+def test_an_agent_of_other_actions_is_not_evaluated(capsys):
+    spaces = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (1,))
+    agent = SimpleNamespace(act=lambda _: np.zeros(2))
+    with pytest.raises(SystemExit, match="2"):
+        runs.evaluate(lambda *_, **__: agent, Args(evaluate="r", device="cpu"), spaces)
+    assert "actions [2], where [1] are taken" in capsys.readouterr().err
+
+
 def test_a_mistake_in_a_users_environment_is_said_to_be_there(capsys):
     for env_id, said in (
         ("toy_envs:Mistaken-v0", r"no attribute 'size' \(.*toy_envs.py, line \d+\)\n"),
@@ -1145,6 +1180,17 @@ def test_a_mistake_in_a_users_environment_is_said_to_be_there(capsys):
         with pytest.raises(SystemExit):
             envs.check_spaces(Args(env_id=env_id), gym.spaces.Box, "")
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_only_daemons_end_with_the_trainer():
+    own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    own.start()
+    envs._end_workers()
+    own.join(0.5)
+    alive = own.is_alive()
+    own.kill()
+    own.join()
+    assert alive
 
 
 def test_workers_do_not_wait_for_threads_of_the_trainer():

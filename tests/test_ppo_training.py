@@ -382,7 +382,7 @@ def test_a_small_board_of_bytes_is_an_observation_like_any_other(ppo):
         pytest.skip("its actions are continuous")
     args = ppo.Args(env_id="pixel_envs:Tiny-v0")
     obs_space, action_space = ppo.check_args(args)
-    assert obs_space.shape == (16, 16)
+    assert obs_space.shape == (35, 84)
     assert ppo.Agent(obs_space.shape, action_space, args).act(obs_space.sample()) in (0, 1)
 
 
@@ -456,7 +456,7 @@ def test_a_users_environment_trains_and_is_loaded_in_three_lines(run, tmp_path, 
             "norm_obs": True,
             "norm_reward": True,
         },
-        {"target_kl": 1e9},
+        {"target_kl": 1e9, "hidden_sizes": ()},
         {
             "target_kl": 1e-9,
             "norm_obs": False,

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from conftest import (
     CASES,
     ROOT,
@@ -181,6 +182,13 @@ def test_a_signal_saves_at_the_next_boundary(script, options, step, monkeypatch,
             os.kill(os.getpid(), signal.SIGTERM)
         send(self, actions)
 
+    def said(line, file=None, say=runs.say):
+        if file:
+            raise RuntimeError("reentrant call")  # the signal came amid another line
+        return say(line)
+
+    monkeypatch.setattr(runs, "say", said)
+    monkeypatch.setattr(envs.Environments, "close", mock.Mock(side_effect=BrokenPipeError))
     monkeypatch.setattr(envs.Environments, "send", interrupted)
     options |= {"compile": False, "buffer_size": 500, "run_dir": "r", "total_timesteps": 1000}
     with pytest.raises(SystemExit) as stopped:
@@ -463,6 +471,12 @@ def init(**options):
     first, other, again = (line.split() for line in log.read_text().splitlines())
     assert first[1:] == ["r", "allow", "single-file-rl", "None"] == other[1:]
     assert again == [*first[:3], "p", "e"] and first[0] != other[0]
+    (tmp_path / "a" / "r" / "wandb_id").write_text("")  # it was never on disk
+    run("ppo_continuous.py", "--resume", "a/r", "--total-timesteps", 320, cwd=tmp_path)
+    identity = log.read_text().splitlines()[-1].split()[0]
+    assert (
+        len(identity) == 12 and (tmp_path / "a" / "r" / "wandb_id").read_text() == identity + "\n"
+    )
     for error, said in (
         ("raise RuntimeError('not\\nlogged in')", "not logged in"),
         ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
@@ -474,7 +488,7 @@ def init(**options):
         assert not (tmp_path / "c").exists()
     words = ["--resume", "a/r", "--total-timesteps", 512]
     assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
-    assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 256
+    assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 320
 
 
 def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
@@ -668,6 +682,30 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     expected = torch.where(torch.tensor(lost), 0.0, carry)
     assert np.any(lost) and len(carries) == 2 and torch.equal(carries[0], expected)
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072
+
+
+@pytest.mark.parametrize("reward", [1.0, math.nan])
+def test_every_environment_is_closed(reward, monkeypatch):
+    monkeypatch.setattr(toy_envs.Open, "alive", 0)
+    monkeypatch.setattr(envs, "_number", lambda _: reward)
+    options = SHORT | {"total_timesteps": 128, "eval_every": 64, "run_dir": "r"}
+    with pytest.raises(SystemExit) if math.isnan(reward) else contextlib.nullcontext():
+        train(Args(env_id="toy_envs:Open-v0", **options))
+    assert Path("r").exists() and toy_envs.Open.alive == 0
+
+
+def test_events_are_on_disk_before_a_checkpoint_of_their_step(monkeypatch):
+    save, seen = runs.save_checkpoint, []
+
+    def spy(path, state):
+        if path.name == "checkpoint.pt" and state["global_step"]:
+            seen.append(scalars(Path("r"))["charts/learning_rate"][-1][0] == state["global_step"])
+        save(path, state)
+
+    monkeypatch.setattr(runs, "save_checkpoint", spy)
+    options = SHORT | {"total_timesteps": 192, "checkpoint_every": 64, "run_dir": "r"}
+    train(Args(env_id="Pendulum-v1", **options))
+    assert len(seen) > 2 and all(seen)
 
 
 def test_a_run_begins_where_a_file_system_has_no_locks(monkeypatch):

@@ -245,6 +245,28 @@ class Whim(Counter):
         return shown, *super().step(action)[1:]
 
 
+class SharedWhim(Whim):
+    """The same from spaces of the class."""
+
+    action_space, observation_space = Box(-1.0, 1.0, (1,), np.float32), Counter.observation_space
+
+    def __init__(self):
+        Counter.__init__(self)
+
+
+class Open(Counter):
+    """Counts how many are not closed."""
+
+    alive = 0
+
+    def __init__(self):
+        super().__init__()
+        Open.alive += 1
+
+    def close(self):
+        Open.alive -= 1
+
+
 class Drawing(gym.Wrapper):
     """Shows, to begin with, an action that it draws from the space of the wrapper below."""
 
@@ -341,6 +363,8 @@ for cls in (
     Unbounded,
     Steps,
     Whim,
+    SharedWhim,
+    Open,
     Dial,
     Dice,
     Listed,
