@@ -338,7 +338,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
-        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).float(), noise)
+        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(noise), noise)
         while global_step < last_step:
             # --log-every steps, then a log and, if due, an evaluation and a checkpoint
             start_step, metrics = global_step, []
@@ -349,7 +349,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     env_action = agent.env_action(noise).cpu().numpy()
                 else:
                     noise.normal_(generator=rng["action"])
-                    action, env_action = sample(torch.from_numpy(obs).to(device).float(), noise)
+                    action, env_action = sample(torch.from_numpy(obs).to(noise), noise)
                 environments.send(env_action)  # some can step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
@@ -52,6 +53,9 @@ def require(condition: bool, args, name: str, need: str) -> None:
 
 def check_ranges(args) -> None:
     """Exit with a one-line error if a number is out of range or the run could not start."""
+    for name, value in vars(args).items():
+        if isinstance(value, np.generic):  # as of np.arange: JSON and checkpoints refuse them
+            setattr(args, name, value.item())
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and os.path.exists(args.run_dir):
         run = Path(args.run_dir, "checkpoint.pt").exists()

@@ -53,8 +53,11 @@ def _number(reward) -> float:
 
 
 def _seed_spaces(env: gym.Env, seed: int) -> None:  # some environments draw from them
+    layers = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
     names = "action_space", "observation_space"
-    spaces = [getattr(x, name, None) for x in (env.unwrapped, env) for name in names]
+    spaces = [getattr(x, name, None) for x in layers for name in names]
     for space in {id(x): x for x in spaces if x is not None}.values():  # each once
         space.seed(seed)
 
@@ -133,6 +136,7 @@ class Environments:
     infos["final_obs"]. NEXT_STEP, Gymnasium's default, puts a false transition between episodes.
     """
 
+    @torch.enable_grad()  # here and below for environments with networks of their own
     def __init__(self, args):
         vectorize = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
         if game := atari.find_game(args.env_id):
@@ -166,7 +170,8 @@ class Environments:
     def recv(self) -> tuple:
         """End the step that `send` began, and return what `step` does."""
         vector_env = self.vector_env
-        outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
+        with torch.enable_grad():
+            outcome = vector_env.step_wait() if self.background else vector_env.step(self.actions)
         self.obs, rewards, terminated, truncated, infos = outcome
         over = infos.setdefault("over", terminated | truncated)  # which games tell themselves
         self.returns += rewards
@@ -191,6 +196,7 @@ class Environments:
         histories = [(i, torch.from_numpy(x)) for i, x in self.vector_env.get_attr("history")]
         return state | {"histories": histories, "steps": self.steps}
 
+    @torch.enable_grad()
     def load_state_dict(self, state: dict) -> None:
         """Bring back what state_dict saw; where that fails, `lost` [N], begin new episodes."""
         long = state["lengths"].numpy() > 10**6  # of these not all actions are known
@@ -215,6 +221,7 @@ class Environments:
         self.vector_env.close()
 
 
+@torch.enable_grad()
 def check_spaces(args, action_type: type, hint: str, bounded=False, images=False) -> tuple:
     """Return the observation and action space, or exit with a one-line error."""
     if args.capture_video:
@@ -288,6 +295,7 @@ def prepare_video() -> None:
             return
 
 
+@torch.enable_grad()
 @kept_generators()
 def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float], list[int]]:
     """Play --eval-episodes episodes, episode i seeded from (seed, first + i): returns, lengths.

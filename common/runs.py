@@ -244,6 +244,7 @@ class Run:
             with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
                 self.writer.close()
             self._locked.close()
+            self.parts["rng"].put_back()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if error is None and self.step == self.last_step:

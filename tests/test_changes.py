@@ -1,6 +1,7 @@
 """What a reader's change meets: it works, or says at once why it cannot."""
 
 import dataclasses
+import random
 import shutil
 from collections import deque
 from pathlib import Path
@@ -288,3 +289,48 @@ def test_batch_norm_is_refused(monkeypatch):
     monkeypatch.setattr(ppo_continuous, "mlp", mlp)
     with pytest.raises(RuntimeError, match="in.?place"):
         ppo_continuous.train(ppo_continuous.Args(**PENDULUM, run_dir="r"))
+
+
+@each_script
+def test_training_leaves_the_callers_random_numbers_alone(script, options):
+    """Else a search at random would draw the same arguments again after every run."""
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    script.train(script.Args(**options | SHORT | {"compile": False, "run_dir": "r"}))
+    after = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    assert before[0] == after[0]
+    assert_same(before[1]["state"], after[1]["state"])
+    assert torch.equal(before[2], after[2])
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("case", ["ppo", "sac"])
+def test_an_environment_may_take_gradients(case, vectorization):
+    script, options = CASES[case]
+    options = options | SHORT | {"compile": False, "env_id": "toy_envs:Curious-v0"}
+    options |= {"vectorization": vectorization, "run_dir": "r"}
+    args = script.Args(**options | ({"anneal_lr": False} if case == "ppo" else {}))
+    script.train(args)
+    longer = dataclasses.replace(args, resume="r", total_timesteps=192)
+    script.train(longer, load_checkpoint(Path("r/checkpoint.pt")))
+    assert load_checkpoint(Path("r/checkpoint.pt"))["finished"]
+
+
+@pytest.mark.parametrize("case", ["sac", "dqn"])
+def test_floats_may_be_double_by_default(case):
+    """As an environment's module may have set them."""
+    script, options = CASES[case]
+    torch.set_default_dtype(torch.float64)
+    try:
+        script.train(script.Args(**options | SHORT | {"compile": False, "run_dir": "r"}))
+        assert next(script.load_agent("r").parameters()).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_arguments_may_be_numbers_of_numpy():
+    options = PENDULUM | {"seed": np.arange(3)[2], "learning_rate": np.float64(1e-3)}
+    args = ppo_continuous.Args(**options, clip_coef=np.float32(0.25), run_dir="r")
+    ppo_continuous.train(args)
+    stored = load_checkpoint(Path("r/checkpoint.pt"))["args"]
+    assert (stored["seed"], stored["learning_rate"], stored["clip_coef"]) == (2, 1e-3, 0.25)

@@ -275,6 +275,21 @@ class Drawing(gym.Wrapper):
         return self.env.action_space.sample(), {}
 
 
+class Curious(Counter):
+    """Takes a gradient in every reset and step, as one that learns what is new would."""
+
+    def reset(self, *, seed=None, options=None):
+        self.wonder()
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.wonder()
+        return super().step(action)
+
+    def wonder(self):
+        (torch.ones(1, requires_grad=True) * 2).backward()
+
+
 class Threads(Counter):
     """Its observation is how many threads PyTorch has."""
 
@@ -350,6 +365,12 @@ for kind, discrete in (("", False), ("-discrete", True)):
 gym.register(
     "Wrapped-v0", lambda: Drawing(gym.wrappers.RescaleAction(Whim(), *np.float32([-2, 2])))
 )
+gym.register(
+    "Layered-v0",
+    lambda: gym.wrappers.RescaleAction(
+        gym.make("Wrapped-v0", disable_env_checker=True), *np.float32([-1, 1])
+    ),
+)
 gym.register("Needy-v0", lambda size: Counter())
 for cls in (
     Shaped,
@@ -365,6 +386,7 @@ for cls in (
     Whim,
     SharedWhim,
     Open,
+    Curious,
     Dial,
     Dice,
     Listed,
