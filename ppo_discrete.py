@@ -305,6 +305,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Discrete, "use ppo_continuous.py")
 
 
+@seeding.kept_generators()  # else a caller's random search would draw the same after every run
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
@@ -334,9 +335,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 action, env_action = sample(rollout.obs[t], rollout.noise[t])
                 obs, reward, terminated, truncated, infos = environments.step(env_action)
                 rollout.actions.append(action)
-                rollout.obs[t + 1] = torch.as_tensor(obs)
-                rollout.rewards[t], rollout.terminations[t] = reward, terminated
-                rollout.truncations[t] = truncated
+                rollout.obs[t + 1], rollout.rewards[t] = torch.as_tensor(obs), reward
+                rollout.terminations[t], rollout.truncations[t] = terminated, truncated
                 for n in np.flatnonzero(truncated):
                     rollout.final_obs[t, n] = torch.tensor(infos["final_obs"][n])
             seen = rollout.rewards, rollout.obs, *rollout.final_obs.values()

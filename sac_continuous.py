@@ -310,6 +310,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
+@seeding.kept_generators()  # else a caller's random search would draw the same after every run
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
@@ -338,9 +339,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
         noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
-        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(noise), noise)
-        while global_step < last_step:
-            # --log-every steps, then a log and, if due, an evaluation and a checkpoint
+        sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).to(noise), noise)
+        while global_step < last_step:  # --log-every steps, then a log and what else is due
             start_step, metrics = global_step, []
             while global_step < min(start_step + args.log_every, last_step):
                 global_step += args.num_envs
@@ -349,7 +349,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     env_action = agent.env_action(noise).cpu().numpy()
                 else:
                     noise.normal_(generator=rng["action"])
-                    action, env_action = sample(torch.from_numpy(obs).to(noise), noise)
+                    action, env_action = sample(torch.from_numpy(obs).to(device).to(noise), noise)
                 environments.send(env_action)  # some can step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here

@@ -51,11 +51,14 @@ def require(condition: bool, args, name: str, need: str) -> None:
         fail(f"{flag(name)} {getattr(args, name)}: must {need}")
 
 
+def _plain(x):  # JSON and checkpoints refuse NumPy's numbers, as np.arange gives
+    x = x.tolist() if isinstance(x, (np.generic, np.ndarray)) else x
+    return tuple(map(_plain, x)) if isinstance(x, (tuple, list)) else x
+
+
 def check_ranges(args) -> None:
     """Exit with a one-line error if a number is out of range or the run could not start."""
-    for name, value in vars(args).items():
-        if isinstance(value, np.generic):  # as of np.arange: JSON and checkpoints refuse them
-            setattr(args, name, value.item())
+    vars(args).update({name: _plain(value) for name, value in vars(args).items()})
     new = args.resume is None and args.evaluate is None
     if new and args.run_dir and os.path.exists(args.run_dir):
         run = Path(args.run_dir, "checkpoint.pt").exists()

@@ -5,13 +5,14 @@ import copy
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
         return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
+    base = env.unwrapped
     for name in ("action_space", "observation_space"):  # a class's: all would draw from one stream
-        with suppress(AttributeError):  # a property
-            setattr(env.unwrapped, name, copy.deepcopy(getattr(env.unwrapped, name)))
+        if (space := getattr(base, name, None)) is getattr(type(base), name, base):
+            setattr(base, name, copy.deepcopy(space))
     shape = env.observation_space.shape or ()
     if len(shape) == 2 and min(shape) >= 36 and env.observation_space.dtype == np.uint8:
         env = gym.wrappers.TransformObservation(env, np.copy, None)  # it may reuse its buffer
@@ -57,7 +59,7 @@ def _seed_spaces(env: gym.Env, seed: int) -> None:  # some environments draw fro
     while isinstance(layers[-1], gym.Wrapper):
         layers.append(layers[-1].env)
     names = "action_space", "observation_space"
-    spaces = [getattr(x, name, None) for x in layers for name in names]
+    spaces = [getattr(x, name, None) for x in (env.unwrapped, *layers) for name in names]
     for space in {id(x): x for x in spaces if x is not None}.values():  # each once
         space.seed(seed)
 
@@ -307,8 +309,8 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
     filming = args.capture_video and not args.render
     if filming:
         videos = run_dir / "videos"
-        taken = [int(x.name.split("-")[1]) for x in videos.glob("evaluation-*.mp4")]
-        name = f"evaluation-{max(taken, default=-1) + 1}"
+        taken = (re.match(r"evaluation-(\d+)-", x.name) for x in videos.glob("*.mp4"))
+        name = f"evaluation-{max((int(x[1]) + 1 for x in taken if x), default=0)}"
         warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # not with that name
         with failing("--capture-video", OSError):
             env = gym.wrappers.RecordVideo(env, str(videos), lambda i: i == 0, name_prefix=name)

@@ -26,6 +26,7 @@ from common import atari, compute, envs, fail, failing, provenance, say
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 ASKED = signal.SIGINT, signal.SIGTERM  # not SIGHUP: a closing terminal may send it twice
+KEPT = "total_timesteps", "track", "wandb_project_name", "wandb_entity"  # if --resume changes them
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 
 
@@ -149,7 +150,7 @@ class Run:
             if checkpoint is None:
                 self.save(0)
                 load_checkpoint(self.dir / "checkpoint.pt")  # if it cannot be read back, fail now
-            elif checkpoint["args"]["total_timesteps"] != args.total_timesteps:  # also after a kill
+            elif any(checkpoint["args"][x] != getattr(args, x) for x in KEPT):  # also after a kill
                 save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
         except BaseException:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
@@ -235,24 +236,23 @@ class Run:
         try:
             if error is None and self.step == self.last_step:
                 self._finish()
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
-            if self.signal not in ASKED:
+            if self.signal not in ASKED or not isinstance(raised, Exception):
                 raise
         finally:
+            if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
+                with contextlib.suppress(Exception):
+                    self.parts["envs"].close()
             self.bar.close()
             with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
                 self.writer.close()
             self._locked.close()
-            self.parts["rng"].put_back()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if error is None and self.step == self.last_step:
             self._say(f"done: {self.dir}")
             self.parts["envs"].close()
-        if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
-            with contextlib.suppress(Exception):
-                self.parts["envs"].close()
         if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
             self._leave(close=False)  # amid a step, it might wait for ever

@@ -26,24 +26,16 @@ def seed_process(seed: int, *index: int) -> None:
     torch.default_generator.manual_seed(stream_seed(seed, "init", *index))
 
 
-def _get_generators() -> tuple:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_generators(states: tuple) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-
-
 @contextmanager
 def kept_generators():
     """Put the process-wide generators on the CPU back as they were."""
-    states = _get_generators()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        _set_generators(states)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class Streams(dict):
@@ -54,19 +46,11 @@ class Streams(dict):
     """
 
     def __init__(self, seed: int, names: tuple[str, ...], device: torch.device):
-        self.before = _get_generators()
         for name in names:
             self[name] = torch.Generator(device).manual_seed(stream_seed(seed, name))
         self.device = device
         torch.manual_seed(stream_seed(seed, "init"))  # on CUDA, too
         seed_process(seed)
-
-    def put_back(self) -> None:
-        """Leave the process-wide generators on the CPU as they were before.
-
-        A caller who draws arguments at random would else draw the same again after every run.
-        """
-        _set_generators(self.before)
 
     def state_dict(self) -> dict:
         """Return all states, in tensors and plain Python."""

@@ -1,5 +1,6 @@
 """The READMEs' numbers come from the committed results, those from runs, and the runner completes."""
 
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -1327,10 +1328,10 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
         if load_checkpoint(folder / "1" / "checkpoint.pt")["global_step"]:
             break
         time.sleep(0.002)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # or they might end meanwhile
-    for pid in (process.pid, *pids):
-        os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # first stopped, or they might end meanwhile
+        for pid in (*pids, process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     process.wait()
     assert "done: " not in logs[0].read_text()
     monkeypatch.setitem(suites.SUITES, "tiny", TINY)

@@ -1,5 +1,6 @@
 """What a reader's change meets: it works, or says at once why it cannot."""
 
+import contextlib
 import dataclasses
 import random
 import shutil
@@ -17,7 +18,7 @@ import dqn_atari
 import ppo_continuous
 import ppo_discrete
 import sac_continuous
-from common import compute, envs, runs
+from common import compute, envs, fail, runs
 from common.checkpoint import load_checkpoint
 from common.tensors import flatten_parameters, functional
 
@@ -292,19 +293,24 @@ def test_batch_norm_is_refused(monkeypatch):
 
 
 @each_script
-def test_training_leaves_the_callers_random_numbers_alone(script, options):
+def test_training_leaves_the_callers_random_numbers_alone(script, options, monkeypatch):
     """Else a search at random would draw the same arguments again after every run."""
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    script.train(script.Args(**options | SHORT | {"compile": False, "run_dir": "r"}))
-    after = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    assert before[0] == after[0]
-    assert_same(before[1]["state"], after[1]["state"])
-    assert torch.equal(before[2], after[2])
+    for failing in (False, True):
+        if failing:
+            monkeypatch.setattr(runs, "load_checkpoint", lambda _: fail("damaged"))
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+        with pytest.raises(SystemExit) if failing else contextlib.nullcontext():
+            args = options | SHORT | {"compile": False, "run_dir": f"r{failing}"}
+            script.train(script.Args(**args))
+        after = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+        assert before[0] == after[0] and torch.equal(before[2], after[2])
+        assert_same(before[1]["state"], after[1]["state"])
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("case", ["ppo", "sac"])
+@pytest.mark.skipif(torch.version.cuda is not None, reason="autograd refuses forks there")
 def test_an_environment_may_take_gradients(case, vectorization):
     script, options = CASES[case]
     options = options | SHORT | {"compile": False, "env_id": "toy_envs:Curious-v0"}
@@ -316,10 +322,9 @@ def test_an_environment_may_take_gradients(case, vectorization):
     assert load_checkpoint(Path("r/checkpoint.pt"))["finished"]
 
 
-@pytest.mark.parametrize("case", ["sac", "dqn"])
-def test_floats_may_be_double_by_default(case):
+@each_script
+def test_floats_may_be_double_by_default(script, options):
     """As an environment's module may have set them."""
-    script, options = CASES[case]
     torch.set_default_dtype(torch.float64)
     try:
         script.train(script.Args(**options | SHORT | {"compile": False, "run_dir": "r"}))
@@ -330,7 +335,9 @@ def test_floats_may_be_double_by_default(case):
 
 def test_arguments_may_be_numbers_of_numpy():
     options = PENDULUM | {"seed": np.arange(3)[2], "learning_rate": np.float64(1e-3)}
-    args = ppo_continuous.Args(**options, clip_coef=np.float32(0.25), run_dir="r")
+    options |= {"clip_coef": np.float32(0.25), "hidden_sizes": np.array([8, 8])}
+    args = ppo_continuous.Args(**options, run_dir="r")
     ppo_continuous.train(args)
     stored = load_checkpoint(Path("r/checkpoint.pt"))["args"]
     assert (stored["seed"], stored["learning_rate"], stored["clip_coef"]) == (2, 1e-3, 0.25)
+    assert stored["hidden_sizes"] == (8, 8)

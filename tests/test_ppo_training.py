@@ -569,4 +569,9 @@ def test_every_evaluation_is_filmed(run, tmp_path):
     run("ppo_continuous.py", "--evaluate", "r/best.pt", "--capture-video", cwd=tmp_path)
     words = "--resume r --total-timesteps 384 --no-capture-video"
     run("ppo_continuous.py", *words.split(), cwd=tmp_path)
-    assert sum(path.stat().st_size > 1000 for path in (tmp_path / "r/videos").glob("*.mp4")) == 3
+    first, *_ = films = sorted((tmp_path / "r" / "videos").glob("*.mp4"))
+    assert len(films) == 3 and all(path.stat().st_size > 1000 for path in films)
+    first.rename(first.with_name("evaluation-best.mp4"))
+    run("ppo_continuous.py", "--evaluate", "r", "--capture-video", cwd=tmp_path)
+    names = {path.name for path in first.parent.glob("*.mp4")}
+    assert names == {"evaluation-best.mp4", *(f"evaluation-{i}-episode-0.mp4" for i in (1, 2, 3))}

@@ -32,7 +32,7 @@ from conftest import (
 
 import dqn_atari as dqn
 import sac_continuous as sac
-from common import arguments, compute, envs, runs
+from common import arguments, compute, envs, fail, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.tensors import ReturnStatistics
 from ppo_continuous import Args, train
@@ -684,12 +684,21 @@ def test_a_run_goes_on_where_the_environment_does_not_repeat_itself(monkeypatch,
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 3072
 
 
-@pytest.mark.parametrize("reward", [1.0, math.nan])
-def test_every_environment_is_closed(reward, monkeypatch):
+@pytest.mark.parametrize("end", ["finished", "NaN", "full disk"])
+def test_every_environment_is_closed(end, monkeypatch):
+    def full(path, state, save=runs.save_checkpoint):
+        if state["global_step"] == 128:
+            fail("full", code=1)
+        save(path, state)
+
     monkeypatch.setattr(toy_envs.Open, "alive", 0)
-    monkeypatch.setattr(envs, "_number", lambda _: reward)
+    if end == "NaN":
+        monkeypatch.setattr(envs, "_number", lambda _: math.nan)
+    if end == "full disk":
+        monkeypatch.setattr(runs, "save_checkpoint", full)
     options = SHORT | {"total_timesteps": 128, "eval_every": 64, "run_dir": "r"}
-    with pytest.raises(SystemExit) if math.isnan(reward) else contextlib.nullcontext():
+    ended = contextlib.nullcontext() if end == "finished" else pytest.raises(SystemExit, match="1")
+    with ended:
         train(Args(env_id="toy_envs:Open-v0", **options))
     assert Path("r").exists() and toy_envs.Open.alive == 0
 
