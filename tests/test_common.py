@@ -1066,7 +1066,13 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
 
 @pytest.mark.parametrize(
     "env_id",
-    ["toy_envs:Whim-v0", "toy_envs:SharedWhim-v0", "toy_envs:Wrapped-v0", "toy_envs:Layered-v0"],
+    [
+        "toy_envs:Whim-v0",
+        "toy_envs:SharedWhim-v0",
+        "toy_envs:HeldWhim-v0",
+        "toy_envs:Wrapped-v0",
+        "toy_envs:Layered-v0",
+    ],
 )
 def test_an_environment_may_draw_from_its_spaces(env_id):
     def play(environments, steps: int) -> np.ndarray:

@@ -500,10 +500,12 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     train(args)
     before = load_checkpoint("r/checkpoint.pt")
     more = dataclasses.replace(args, resume="r", total_timesteps=1536)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
-        train(more, load_checkpoint("r/checkpoint.pt"))
+    for change in ({}, {"wandb_entity": "me"}):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
+            train(dataclasses.replace(more, **change), load_checkpoint("r/checkpoint.pt"))
     after = load_checkpoint("r/checkpoint.pt")
+    assert after["args"].pop("wandb_entity") == "me" and not before["args"].pop("wandb_entity")
     assert after["args"].pop("total_timesteps") == 1536 != before["args"].pop("total_timesteps")
     assert_same(after | {"args": None}, before | {"args": None})
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--resume", "r"])

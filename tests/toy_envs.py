@@ -254,6 +254,17 @@ class SharedWhim(Whim):
         Counter.__init__(self)
 
 
+class HeldWhim(Whim):
+    """The same, but another part of it draws from the space."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.action_space
+
+    def step(self, action):
+        return self.held.sample().astype(np.float64) / 3, *Counter.step(self, action)[1:]
+
+
 class Open(Counter):
     """Counts how many are not closed."""
 
@@ -385,6 +396,7 @@ for cls in (
     Steps,
     Whim,
     SharedWhim,
+    HeldWhim,
     Open,
     Curious,
     Dial,
