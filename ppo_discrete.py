@@ -324,7 +324,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
-        agent.return_statistics.carry[environments.lost] = 0.0  # not restored: new episodes
+        agent.return_statistics.carry[environments.lost | (run.step == 0)] = 0.0  # new episodes
         sample = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
         while global_step < last_step:
             # collect a rollout; values and log-probabilities are computed once it is complete

@@ -23,7 +23,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resum
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
-SUSPENDED = 600  # seconds without an event; what runs logs more often, but for long evaluations
+SUSPENDED = 600  # seconds without an event: most runs log more often, but for long evaluations
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
 FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called the same
@@ -69,7 +69,9 @@ def read_run(run_dir: Path) -> Result:
     tags += ("eval/episodic_return",)
     scalars = [reader.Scalars(tag) if tag in known else [] for tag in tags]
     returns, lengths, progress, evaluations = scalars
-    seconds = _seconds(run_dir, [event.wall_time for event in returns + progress])
+    usual = np.diff([event.wall_time for event in progress])  # between two logs
+    pause = max(SUSPENDED, 5 * np.median(usual) if len(usual) else 0)
+    seconds = _seconds(run_dir, [event.wall_time for event in returns + progress], pause)
     total = args["total_timesteps"]
     if any(events[-1].step > total for events in (progress, evaluations) if events):
         fail(f"{run_dir} was extended beyond the {total:,} steps of its command: run it anew")
@@ -87,15 +89,15 @@ def read_run(run_dir: Path) -> Result:
     return Result(config, *(np.array(column[:whole], float) for column in columns))
 
 
-def _seconds(run_dir: Path, wall_times: list[float]) -> np.ndarray:
-    """Seconds from the first event to each, without the pauses of a run.
+def _seconds(run_dir: Path, wall_times: list[float], pause: float) -> np.ndarray:
+    """Seconds from the first event to each, without what is longer than a `pause`.
 
     A run that was resumed has another file; one that was suspended logs nothing for long.
     """
     sessions = []
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         times = np.sort([event.wall_time for event in EventFileLoader(str(path)).Load()])
-        parts = np.split(times, np.flatnonzero(np.diff(times) > SUSPENDED) + 1)
+        parts = np.split(times, np.flatnonzero(np.diff(times) > pause) + 1)
         sessions += [(part[0], part[-1]) for part in parts if len(part)]
     times = np.array(wall_times)
     seconds = times - sessions[0][0] if sessions else times
@@ -248,8 +250,14 @@ def export(
 
 
 def command(config: dict, without: tuple[str, ...] = WHERE) -> str:
-    """Return a run's command without what only said where and how often to save."""
-    words, kept = iter(shlex.split(config["command"])[2:]), []
+    """Return a run's command without what only said where and how often to save.
+
+    Of a run trained from Python it is the command of that program.
+    """
+    _, script, *rest = shlex.split(config["command"])
+    if Path(script).stem != config["script"]:
+        return config["command"]
+    words, kept = iter(rest), []
     for word in words:
         if word.split("=")[0].replace("_", "-") not in without:
             kept.append(word)

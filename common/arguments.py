@@ -51,8 +51,9 @@ def require(condition: bool, args, name: str, need: str) -> None:
         fail(f"{flag(name)} {getattr(args, name)}: must {need}")
 
 
-def _plain(x):  # JSON and checkpoints refuse NumPy's numbers, as np.arange gives
+def _plain(x):  # JSON and checkpoints refuse NumPy's numbers, as np.arange gives, and paths
     x = x.tolist() if isinstance(x, (np.generic, np.ndarray)) else x
+    x = os.fspath(x) if isinstance(x, os.PathLike) else x
     return tuple(map(_plain, x)) if isinstance(x, (tuple, list)) else x
 
 

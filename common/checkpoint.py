@@ -4,6 +4,7 @@ import os
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -15,7 +16,8 @@ FORMAT, VERSION = "single-file-rl checkpoint", 10
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write tensors and plain Python, atomically: at any time the old file is there or the new.
 
-    Where that fails, as on a full disk, the run ends with one line, and the old file stays.
+    Where that fails, as on a full disk or with what load_checkpoint would refuse, the run ends with
+    one line, and the old file stays.
     """
     temporary = path.with_name(f".{path.name}.writing")
     try:
@@ -23,11 +25,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
             file.flush()
             os.fsync(file.fileno())
+        torch.load(
+            temporary, map_location="cpu", weights_only=True, mmap=True
+        )  # else refused later
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         with suppress(OSError):
             temporary.unlink()
-        fail(f"{path} could not be written: {(str(error) or repr(error)).splitlines()[0]}", code=1)
+        why = (str(error) or repr(error)).rpartition("Unpickler error: ")[2].splitlines()[0]
+        fail(f"{path} could not be written: {why}", code=1)
 
 
 def load_checkpoint(path: Path) -> dict:

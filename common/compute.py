@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from common import fail
@@ -130,6 +131,15 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
     return lambda *inputs: compiled()(*inputs)
 
 
+class _NoNumbers(TorchDispatchMode):
+    """Refuses what takes a number from a tensor: traced, it would stay what it is now."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if torch.Tag.data_dependent_output in operator.tags:
+            raise ValueError("a number taken from a tensor")
+        return operator(*args, **kwargs or {})
+
+
 @torch.random.fork_rng(devices=())  # tracing must not consume random numbers
 def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
     """Return `function`, of tensors shaped as `examples`, as one that returns NumPy arrays.
@@ -147,7 +157,8 @@ def to_numpy(function: Callable, args, *examples: torch.Tensor) -> Callable:
         return untraced
     names, inputs, lines = {"np": np, "inf": np.inf}, [], []
     try:
-        graph = make_fx(lambda *x: function(*x))(*examples)
+        with _NoNumbers():
+            graph = make_fx(lambda *x: function(*x))(*examples)
         if any("convolution" in str(node.target) for node in graph.graph.nodes):
             return untraced  # NumPy has no equal
         for node in graph.graph.nodes:

@@ -149,7 +149,6 @@ class Run:
             self._introduce()
             if checkpoint is None:
                 self.save(0)
-                load_checkpoint(self.dir / "checkpoint.pt")  # if it cannot be read back, fail now
             elif any(checkpoint["args"][x] != getattr(args, x) for x in KEPT):  # also after a kill
                 save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
         except BaseException:

@@ -489,10 +489,13 @@ def test_what_is_published_says_of_which_version_it_is(script, env_id, steps, la
 
 
 def test_the_command_is_kept_without_what_says_only_where():
-    config = {"script": "ppo_continuous", "command": "python a/x.py --seed 7 --run-dir r --squash"}
+    config = {"script": "ppo_continuous", "command": "python a/ppo_continuous.py"}
+    config["command"] += " --seed 7 --run-dir r --squash"
     assert results.command(config) == "python ppo_continuous.py --seed 7 --squash"
-    config["command"] = "python x.py --run_dir=r --checkpoint-every 5 --env-id A"
+    config["command"] = "python ppo_continuous.py --run_dir=r --checkpoint-every 5 --env-id A"
     assert results.command(config) == "python ppo_continuous.py --env-id A"
+    config["command"] = "python search.py --run-dir r"  # which calls `train`
+    assert results.command(config) == config["command"]
 
 
 def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
@@ -509,8 +512,28 @@ def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "EventFileLoader", load)
     times = [101, 109, 1001, 1003, 2001, 2001 + quiet, 9000, 9004]
-    seconds = results._seconds(tmp_path, times)
+    seconds = results._seconds(tmp_path, times, quiet)
     assert seconds.tolist() == [1, 9, 11, 13, 14, 14 + quiet, 14 + quiet, 18 + quiet]
+
+
+def test_wall_time_runs_between_logs_that_are_far_apart(monkeypatch):
+    """As of a robot, which takes an hour for a rollout."""
+    writer, tags = SummaryWriter("r"), ("charts/episodic_return", "charts/episodic_length")
+    for hour in range(6):
+        for tag in (*tags, "charts/SPS"):
+            writer.add_scalar(tag, 1.0, hour, walltime=1e9 + 3600 * hour)
+    writer.close()
+    args = {"env_id": "A", "seed": 1, "total_timesteps": 5, "num_envs": 1}
+    config = {"script": "ppo_continuous", "command": "python ppo_continuous.py", "args": args}
+    Path("r/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(
+        results,
+        "EventFileLoader",
+        lambda path: SimpleNamespace(
+            Load=lambda: [SimpleNamespace(wall_time=1e9 + 3600 * hour) for hour in range(6)]
+        ),
+    )
+    assert results.read_run(Path("r")).seconds.tolist() == [3600 * hour for hour in range(6)]
 
 
 @pytest.mark.parametrize("seeds, share", [(3, 0.75), (5, 0.84), (50, 0.94)])

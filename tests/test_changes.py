@@ -341,3 +341,64 @@ def test_arguments_may_be_numbers_of_numpy():
     stored = load_checkpoint(Path("r/checkpoint.pt"))["args"]
     assert (stored["seed"], stored["learning_rate"], stored["clip_coef"]) == (2, 1e-3, 0.25)
     assert stored["hidden_sizes"] == (8, 8)
+
+
+def test_what_a_checkpoint_cannot_give_back_later_leaves_the_last_good_one(monkeypatch, capsys):
+    """As a part's state that is a NumPy number once it has one."""
+    state_dict, states = ppo_continuous.tensors.FlatAdam.state_dict, []
+
+    def grown(self, *rest, **named):
+        states.append(np.float64(1) if states else None)
+        return state_dict(self, *rest, **named) | {"kept": states[-1]}
+
+    monkeypatch.setattr(ppo_continuous.tensors.FlatAdam, "state_dict", grown)
+    with pytest.raises(SystemExit, match="1"):
+        ppo_continuous.train(ppo_continuous.Args(**PENDULUM, checkpoint_every=64, run_dir="r"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "r/checkpoint.pt could not be written: Unsupported global" in line
+    assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 0
+    assert not [*Path("r").glob(".*.writing")]
+
+
+def test_a_run_may_be_resumed_from_its_path():
+    args = ppo_continuous.Args(**PENDULUM, anneal_lr=False, run_dir=Path("r"))
+    folder = ppo_continuous.train(args)
+    args = dataclasses.replace(args, resume=folder, run_dir=folder, total_timesteps=256)
+    ppo_continuous.train(args, load_checkpoint(folder / "checkpoint.pt"))
+    assert load_checkpoint(folder / "checkpoint.pt")["args"]["resume"] == "r"
+
+
+def test_what_takes_a_number_from_a_buffer_acts_in_pytorch(capsys):
+    """Traced, it would keep the first number for ever."""
+    module = nn.Linear(2, 1).requires_grad_(False)
+    module.register_buffer("scale", torch.ones(()))
+    args, x = ppo_continuous.Args(), torch.ones(1, 2)
+    act = compute.to_numpy(lambda x: (module(x) * module.scale.item(),), args, x)
+    assert "a number taken from a tensor" in capsys.readouterr().out
+    before = act(x)[0]
+    module.scale.mul_(3)
+    np.testing.assert_allclose(act(x)[0], 3 * before)
+    assert compute.to_numpy(lambda x: (module(x) * module.scale,), args, x).__name__ == "traced"
+
+
+@pytest.mark.parametrize("case", ["ppo", "ppo-discrete"])
+def test_episodes_of_another_run_are_not_gone_on_with(case, monkeypatch):
+    """Whose weights and statistics, with its discounted returns, a run begins with."""
+    script, options = CASES[case]
+    options = options | SHORT | {"compile": False}
+    known = script.load_agent(script.train(script.Args(**options, run_dir="a"))).state_dict()
+    known["return_statistics.carry"][:] = 1e6
+    begun = []
+
+    class Agent(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.load_state_dict(known)
+
+    def record(self, rewards, ends, gamma):
+        begun.append(self.carry.clone())
+
+    monkeypatch.setattr(script, "Agent", Agent)
+    monkeypatch.setattr(script.tensors.ReturnStatistics, "update_from_rewards", record)
+    script.train(script.Args(**options, run_dir="b"))
+    assert begun and not begun[0].any()
