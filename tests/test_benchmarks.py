@@ -36,7 +36,7 @@ from common.checkpoint import load_checkpoint
 
 README, DETAILS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 MORE = "pong_1m ppo_pong_2m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
-MORE += ["dqn_breakout_2m", "sac_halfcheetah_bf16"]
+MORE += ["dqn_pong_2m_all", "dqn_breakout_2m", "sac_halfcheetah_bf16"]
 COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
