@@ -1520,6 +1520,7 @@ print("done: True\\ndone:", sys.argv[-1] if sys.argv[-1][-1] == "1" else "it")
         Path("runs/mine/Pendulum-v1", name).unlink()
     config = json.loads(Path("runs/mine/Pendulum-v1/1/config.json").read_text())
     config["script"] = "mine"
+    config["command"] = config["command"].replace("ppo_continuous.py", "mine.py")
     Path("runs/mine/Pendulum-v1/1/config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         run.run("tiny", script="mine", run_dir=Path("runs"), seeds=1)

@@ -297,7 +297,7 @@ def test_training_leaves_the_callers_random_numbers_alone(script, options, monke
     """Else a search at random would draw the same arguments again after every run."""
     for failing in (False, True):
         if failing:
-            monkeypatch.setattr(runs, "load_checkpoint", lambda _: fail("damaged"))
+            monkeypatch.setattr(runs.Run, "_introduce", lambda _: fail("on purpose"))
         random.seed(5), np.random.seed(5), torch.manual_seed(5)
         before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
         with pytest.raises(SystemExit) if failing else contextlib.nullcontext():
