@@ -310,7 +310,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
-@seeding.kept_generators()  # else a caller's random search would draw the same after every run
+@seeding.kept_generators()  # else a caller's search at random would repeat itself
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""

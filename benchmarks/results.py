@@ -70,7 +70,7 @@ def read_run(run_dir: Path) -> Result:
     scalars = [reader.Scalars(tag) if tag in known else [] for tag in tags]
     returns, lengths, progress, evaluations = scalars
     usual = np.diff([event.wall_time for event in progress])  # between two logs
-    pause = max(SUSPENDED, 5 * np.median(usual) if len(usual) else 0)
+    pause = max(SUSPENDED, 5 * np.percentile(usual, 25) if len(usual) > 3 else 0)
     seconds = _seconds(run_dir, [event.wall_time for event in returns + progress], pause)
     total = args["total_timesteps"]
     if any(events[-1].step > total for events in (progress, evaluations) if events):
@@ -252,7 +252,7 @@ def export(
 def command(config: dict, without: tuple[str, ...] = WHERE) -> str:
     """Return a run's command without what only said where and how often to save.
 
-    Of a run trained from Python it is the command of that program.
+    Of a run trained from Python it is that program's, without what it passed on.
     """
     _, script, *rest = shlex.split(config["command"])
     if Path(script).stem != config["script"]:
@@ -378,5 +378,5 @@ def commands(suite: str) -> list[str]:
             words += f" --threads {max(threads)}" * (len(threads) == 1 and threads != {1})
             lines.append(f"python -m benchmarks run {suite} --env-ids {env_id} {words}")
         else:
-            lines += [result.config["command"] for result in found]
+            lines += dict.fromkeys(result.config["command"] for result in found)
     return lines

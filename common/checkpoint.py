@@ -25,9 +25,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
             file.flush()
             os.fsync(file.fileno())
-        torch.load(
-            temporary, map_location="cpu", weights_only=True, mmap=True
-        )  # else refused later
+        with suppress(OSError, RuntimeError):  # that it cannot be mapped says nothing of it
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
         temporary.replace(path)
     except (OSError, RuntimeError, UnpicklingError) as error:
         with suppress(OSError):

@@ -132,7 +132,10 @@ def compile_function(function: Callable, args, device: torch.device) -> Callable
 
 
 class _NoNumbers(TorchDispatchMode):
-    """Refuses what takes a number from a tensor: traced, it would stay what it is now."""
+    """Refuses what takes a number from a tensor: traced, it would stay what it is now.
+
+    That is item(), float(), `if`; what tolist() and numpy() take is not seen.
+    """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if torch.Tag.data_dependent_output in operator.tags:

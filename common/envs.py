@@ -11,8 +11,9 @@ import subprocess
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from common import atari, fail, failing
 from common.seeding import kept_generators, seed_process, stream_seed
+
+# what environments draw from; they would share one stream if they shared the space
+_spaces = weakref.WeakValueDictionary()
 
 
 def make_env(args, render_mode: str | None = None) -> gym.Env:
@@ -39,10 +43,13 @@ def make_env(args, render_mode: str | None = None) -> gym.Env:
         return gym.wrappers.HumanRendering(env) if render_mode == "human" else env
     options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(args.env_id, disable_env_checker=True, **options)
-    base = env.unwrapped
-    for name in ("action_space", "observation_space"):  # a class's: all would draw from one stream
-        if (space := getattr(base, name, None)) is getattr(type(base), name, base):
-            setattr(base, name, copy.deepcopy(space))
+    for name in ("action_space", "observation_space"):
+        space = getattr(env.unwrapped, name, None)
+        if _spaces.get(id(space)) is space is not None:  # a class's, say
+            with suppress(AttributeError):  # a property
+                setattr(env.unwrapped, name, copy.deepcopy(space))
+        elif space is not None:
+            _spaces[id(space)] = space
     shape = env.observation_space.shape or ()
     if len(shape) == 2 and min(shape) >= 36 and env.observation_space.dtype == np.uint8:
         env = gym.wrappers.TransformObservation(env, np.copy, None)  # it may reuse its buffer

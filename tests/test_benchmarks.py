@@ -517,23 +517,26 @@ def test_wall_time_does_not_run_while_a_run_is_stopped(tmp_path, monkeypatch):
 
 
 def test_wall_time_runs_between_logs_that_are_far_apart(monkeypatch):
-    """As of a robot, which takes an hour for a rollout."""
+    """As of a robot, which takes an hour for a rollout; a night's pause is one all the same."""
+    hours = [0, 1, 2, 3, 4, 5, 13, 14]
     writer, tags = SummaryWriter("r"), ("charts/episodic_return", "charts/episodic_length")
-    for hour in range(6):
+    for hour in hours:
         for tag in (*tags, "charts/SPS"):
             writer.add_scalar(tag, 1.0, hour, walltime=1e9 + 3600 * hour)
     writer.close()
-    args = {"env_id": "A", "seed": 1, "total_timesteps": 5, "num_envs": 1}
+    args = {"env_id": "A", "seed": 1, "total_timesteps": 14, "num_envs": 1}
     config = {"script": "ppo_continuous", "command": "python ppo_continuous.py", "args": args}
     Path("r/config.json").write_text(json.dumps(config))
     monkeypatch.setattr(
         results,
         "EventFileLoader",
         lambda path: SimpleNamespace(
-            Load=lambda: [SimpleNamespace(wall_time=1e9 + 3600 * hour) for hour in range(6)]
+            Load=lambda: [SimpleNamespace(wall_time=1e9 + 3600 * hour) for hour in hours]
         ),
     )
-    assert results.read_run(Path("r")).seconds.tolist() == [3600 * hour for hour in range(6)]
+    assert results.read_run(Path("r")).seconds.tolist() == [
+        3600 * hour for hour in (0, 1, 2, 3, 4, 5, 5, 6)
+    ]
 
 
 @pytest.mark.parametrize("seeds, share", [(3, 0.75), (5, 0.84), (50, 0.94)])

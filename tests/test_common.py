@@ -1070,6 +1070,7 @@ def test_all_that_is_random_is_of_the_seed(script, options, monkeypatch):
         "toy_envs:Whim-v0",
         "toy_envs:SharedWhim-v0",
         "toy_envs:HeldWhim-v0",
+        "toy_envs:ModuleWhim-v0",
         "toy_envs:Wrapped-v0",
         "toy_envs:Layered-v0",
     ],

@@ -254,6 +254,17 @@ class SharedWhim(Whim):
         Counter.__init__(self)
 
 
+WHIM = Whim()
+
+
+class ModuleWhim(Whim):
+    """The same from spaces of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space, self.observation_space = WHIM.action_space, WHIM.observation_space
+
+
 class HeldWhim(Whim):
     """The same, but another part of it draws from the space."""
 
@@ -396,6 +407,7 @@ for cls in (
     Steps,
     Whim,
     SharedWhim,
+    ModuleWhim,
     HeldWhim,
     Open,
     Curious,
