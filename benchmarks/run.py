@@ -356,7 +356,7 @@ def run(
         seeds: how many of each; 0: up to the last that the suite has.
         first_seed: the first of them, as where another machine runs the ones before.
         workers: runs at a time; by default as many as cores and memory allow (dqn_atari: 9 GB each;
-            others: 1, though SAC on Humanoid takes 4). On a GPU, say how many it has memory for.
+            others: 1, too little for SAC on Humanoid). On a GPU, say how many it has memory for.
         threads: threads of each run.
         script: your copy of the suite's script, as mine or mine.py: it is run, into RUN_DIR/mine.
         flags: more flags of the script, as --flags="--gamma 0.9"; with them, name a

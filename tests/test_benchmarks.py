@@ -214,6 +214,16 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     *others, last = evaluated
     assert f"return {', '.join(others)} and {last}" in readme
     assert later == [{500}] * 5 and f"between {min(least):.0f} and 500" in readme
+    names = "dqn_pong_2m", "dqn_pong_2m_all"
+    plain, better = (results.read_folder(results.FOLDER / x)["ALE/Pong-v5"][0] for x in names)
+    scores = [x.config["evaluation"]["return"] for x in (better, plain)]
+    assert (
+        "return {:.1f} on average (again one seed; without these flags {:.1f})".format(*scores)
+        in readme
+    )
+    reached = np.convolve(better.returns, np.full(100, 0.01), "valid") >= 15
+    first = better.steps[99 + reached.argmax()]
+    assert f"the last 100 games first reach 15 after {first / 1e6:.2f}M steps" in readme
     measured = json.loads((results.FOLDER / "memory_dqn_atari.json").read_text())
     *_, full, later = measured["mib"].values()
     assert f"{full:,} MiB of memory, and {later:,} after" in readme
