@@ -12,8 +12,7 @@ from benchmarks.run import run
 from benchmarks.speed import speed
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     commands = (run, export, plot, table, compare, speed, memory, random)
     named = {command.__name__: command for command in commands}
     try:

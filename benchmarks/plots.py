@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from benchmarks import random_returns, results
 from benchmarks.results import Result
 from benchmarks.suites import SUITES
-from common import fail
+from common import fail, failing
 
 INSTALL = "pip install -e '.[plot]'"
 ROOT = Path("runs/benchmarks")
@@ -23,9 +23,7 @@ MEASURES = {
 UNITS = {1: "seconds", 60: "minutes", 3600: "hours"}
 
 
-def plot(
-    suites: Positional[tuple[str, ...]] = (), run_dir: Path = ROOT, redraw: bool = False
-) -> None:
+def plot(suites: Positional[tuple[str, ...]] = (), run_dir: Path = ROOT) -> None:
     """Draw the results of suites, to pictures beside their folders.
 
     SUITE.png has a learning curve for every environment: the return averaged in windows of 2% of
@@ -38,7 +36,6 @@ def plot(
         suites: names under benchmarks/results/ or under the run folder, or folders; by default
             all of `run`.
         run_dir: folder of the suites' runs.
-        redraw: also draw pictures that show these results already.
     """
     folders = [_find(name, run_dir) for name in suites]
     folders = folders or [results.FOLDER / suite for suite in SUITES] + sorted(run_dir.glob("*/"))
@@ -53,11 +50,7 @@ def plot(
     for folder, by_env in known.items():
         pictures = {"": draw_curves, "_time": draw_times, "_aggregate": draw_aggregate}
         for suffix, draw in pictures.items() if by_env else ():
-            path = folder.parent / f"{folder.name}{suffix}.png"
-            if _shows(path) == digest(by_env) and not redraw:
-                print(f"{path} shows these results already")
-            else:
-                draw(by_env, path)
+            draw(by_env, folder.parent / f"{folder.name}{suffix}.png")
 
 
 def _find(name: str, root: Path) -> Path:
@@ -69,26 +62,12 @@ def _find(name: str, root: Path) -> Path:
 
 
 def _pyplot():
-    try:
+    with failing(f"pictures need matplotlib: {INSTALL}", ImportError):
         import matplotlib
-    except ImportError:
-        fail(f"pictures need matplotlib: {INSTALL}")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
-
-
-def _shows(path: Path) -> str | None:
-    """Return the fingerprint of the results that a picture was drawn from."""
-    _pyplot()
-    from PIL import Image  # comes with matplotlib
-
-    try:
-        with Image.open(path) as image:
-            return image.text.get("Description")
-    except (OSError, AttributeError):  # there is none, or what a full disk left of one
-        return None
 
 
 def _axes(count: int) -> tuple:
@@ -109,11 +88,9 @@ def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
     """Save a picture that says which results it was drawn from."""
     description = {"Software": None, "Description": digest(by_env)}
     options = {"metadata": description} if path.suffix == ".png" else {}
-    try:
+    with failing(f"{path} cannot be written", OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=220, bbox_inches="tight", **options)
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be written: {error}")
     _pyplot().close(figure)
     print(path)
 
@@ -413,10 +390,8 @@ def difference(a: list[float], b: list[float], level: float) -> tuple[float, flo
 
     Of a single value it is the one in which one more of the other side would lie.
     """
-    try:
+    with failing(f"intervals need scipy: {INSTALL}", ImportError):
         from scipy import stats
-    except ImportError:
-        fail(f"intervals need scipy: {INSTALL}")
     apart = np.mean(b) - np.mean(a)
     if min(len(a), len(b)) > 1 and np.ptp(a) == np.ptp(b) == 0:
         low = high = apart

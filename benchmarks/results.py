@@ -23,6 +23,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resum
 FOLDER = Path(__file__).parent / "results"
 PUBLISHED = Path(__file__).parent / "published_returns.csv"
 COLUMNS = ("step", "seconds", "return", "length")
+UNREADABLE = OSError, KeyError, TypeError, ValueError
 SUSPENDED = 600  # seconds without an event: most runs log more often, but for long evaluations
 UNUSABLE = ".unusable"  # ending of a run folder that was set aside
 WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a result
@@ -108,21 +109,16 @@ def _seconds(run_dir: Path, wall_times: list[float], pause: float) -> np.ndarray
 
 def read_config(path: Path) -> dict:
     """Read what a run's folder, or `write`, says of what made it."""
-    try:
+    with failing(f"{path} is not of a run of these scripts", *UNREADABLE):
         config = json.loads(path.read_text())
         _ = config["script"], config["command"], config["args"]["env_id"], config["args"]["seed"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        fail(f"{path} is not of a run of these scripts ({error!r})")
     return config
 
 
 def read_csv(path: Path) -> Result:
     """Read what `write` wrote."""
-    try:
-        with path.open() as file:
-            rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        fail(f"{path} is not a result of these benchmarks ({error!r})")
+    with failing(f"{path} is not a result of these benchmarks", *UNREADABLE), path.open() as file:
+        rows = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
     columns = np.array(rows).reshape(-1, len(COLUMNS)).T
     return Result(read_config(path.with_suffix(".json")), *columns)
 

@@ -285,8 +285,7 @@ def select(
 def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[int]:
     """Run the jobs, so many at a time, until they have ended; return the signals that came."""
     signals, told = [], set()
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def ask(number: int = 0, _frame=None) -> None:
         # at once, as a scheduler signals the runs as well: they take both for one
@@ -373,10 +372,8 @@ def run(
             fail(f"--{name} {value}: must be at least {least}")
     jobs = select(suite, env_ids, seeds, first_seed, script.removesuffix(".py"), flags, run_dir)
     folder = jobs[0].run_dir.parent.parent
-    try:
+    with failing(f"--run-dir {run_dir}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: {error}")
     fit = int(available_memory() / 1e9 / SUITES[suite].gigabytes)
     workers = workers or max(1, min(available_cores() // threads, fit))
     if foreign := [words for job in jobs if (words := job.foreign())]:

@@ -281,10 +281,8 @@ def cleanrl_versions(checkout: Path) -> dict[str, str]:
     code = "from importlib.metadata import distributions as d\n"
     code += "for x in d(): print(x.metadata['Name'], x.version)"
     words = [python, "-c", code], ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
+    with failing(f"--cleanrl {checkout}", OSError):
         done = [subprocess.run(x, capture_output=True, text=True).stdout for x in words]
-    except OSError as error:
-        fail(f"--cleanrl {checkout}: {error}")
     installed = dict(line.split() for line in done[0].splitlines())
     names = ("torch", "gymnasium", "mujoco", "ale-py", "numpy")
     return {"commit": done[1].strip()} | {x: installed[x] for x in names if x in installed}
