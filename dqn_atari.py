@@ -1,7 +1,7 @@
 """Deep Q-Network (DQN) for Atari, in one file, with its best-known extensions.
 
-Learn from random batches of a replay buffer what each action is worth, with targets from a copy
-updated now and then; act greedily, or at random with probability epsilon. Mnih et al., Nature 2015.
+Learn what each action is worth from random batches of a replay buffer, with targets from an older
+copy of the network; act greedily, or at random with probability epsilon. Mnih et al., Nature 2015.
 On arXiv: --double 1509.06461, --dueling (Wang) 1511.06581, --prioritized (Schaul) 1511.05952.
 
     python dqn_atari.py
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import grad_and_value
+from torch.func import grad_and_value  # of a function, in place of loss.backward()
 
 from common import arguments, compute, envs, failing, runs, seeding, tensors
 
@@ -109,7 +109,7 @@ class Args:
     eval_e: float = 0.01
     """epsilon in evaluations"""
     loss: Literal["mse", "huber"] = "mse"
-    """error that the loss measures"""
+    """error that the loss measures; huber clips its gradient, as Mnih et al. did"""
     max_grad_norm: float | None = None
     """gradients of a larger global norm are scaled down to it"""
     double: bool = False
@@ -117,7 +117,7 @@ class Args:
     dueling: bool = False
     """estimate an action's value as the state's value plus the action's advantage"""
     n_step: int = 1
-    """rewards summed in a target before it bootstraps"""
+    """rewards summed in a target before it bootstraps (Rainbow: arXiv:1710.02298)"""
     prioritized: bool = False
     """draw transitions in proportion to a power of their last TD error"""
     priority_alpha: float = 0.6
@@ -141,7 +141,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
         super().__init__()
-        *convolutions, linear, relu = nature_cnn(obs_shape)
+        *convolutions, linear, relu = nature_cnn(obs_shape)  # --dueling branches off after these
         self.cnn = nn.Sequential(*convolutions)
         self.advantage = tensors.Network(linear, relu, nn.Linear(512, action_size))
         self.state_value = None
@@ -173,7 +173,7 @@ class Agent(nn.Module):
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
         action = (self.critic(obs) + noise).argmax(-1)
-        return action, self.actions.take(action)
+        return action, self.actions.take(action)  # the space may not start at 0
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -221,7 +221,7 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # 2%: a truncation keeps a 2nd frame (if more do, rows go early); 12: a stack, 4 steps of 2
+        # 2%: truncations' 2nd frames (if more, rows go early); 12: start's 4, 4 earlier steps' 2
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -252,7 +252,7 @@ class Replay:
         return torch.from_numpy(slots).to(self.frames.device)
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
-        """Add a transition of every environment; `obs` are the next observations."""
+        """Add a transition of every environment; `obs` is what it shows now, reset if it ended."""
         clip = self.args.clip_reward & np.isfinite(reward)  # NaN is kept, to be noticed
         reward = np.where(clip, np.sign(reward), reward)
         shown = self._keep(obs[:, -1])
@@ -273,7 +273,7 @@ class Replay:
         self._drop()
         complete = self.num_rows - self.args.n_step
         if self.args.prioritized and complete >= self.oldest:  # it has all n steps
-            self._prioritize(complete, complete + 1, self.max_priority)
+            self._set_priority(complete, complete + 1, self.max_priority)  # Schaul, algorithm 1
 
     def _drop(self) -> None:  # forgets rows that are overwritten, or whose frames are
         before, self.oldest = self.oldest, max(self.oldest, self.num_rows - len(self.rewards))
@@ -281,9 +281,9 @@ class Replay:
         while self.oldest < self.num_rows and self.needs[self.oldest % len(self.needs)] <= gone:
             self.oldest += 1
         if self.args.prioritized and before < self.oldest:
-            self._prioritize(before, self.oldest, torch.zeros_like(self.max_priority))
+            self._set_priority(before, self.oldest, torch.zeros_like(self.max_priority))
 
-    def _prioritize(self, start: int, stop: int, priority: torch.Tensor) -> None:
+    def _set_priority(self, start: int, stop: int, priority: torch.Tensor) -> None:
         num_envs, device = self.args.num_envs, priority.device
         indices = torch.arange(start * num_envs, stop * num_envs, device=device)
         self.tree.update(indices % self.rewards.numel(), priority.expand(len(indices)))
@@ -321,7 +321,7 @@ class Replay:
         obs, next_obs = (x.contiguous(memory_format=layout) for x in frames.split(4, 1))
         return obs, self.actions[row, env], reward, discount, next_obs
 
-    def reprioritize(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
+    def update_priorities(self, indices: torch.Tensor, td_error: torch.Tensor) -> None:
         """Set priorities (|error| + 1e-6) ** alpha (Schaul's equation 1, proportional)."""
         error = td_error.abs().double().nan_to_num(0, 0)  # require_finite reports it
         priorities = (error + 1e-6) ** self.args.priority_alpha
@@ -372,7 +372,7 @@ def td_target(reward, discount, next_q, choosing_q) -> torch.Tensor:
 
 
 def td_loss(q, target, weight, loss: str) -> torch.Tensor:
-    """Mean over a batch [B] of squared or Huber errors, times importance-sampling weights."""
+    """Mean over a batch [B] of squared or Huber errors times their importance-sampling weights."""
     error = F.huber_loss if loss == "huber" else F.mse_loss
     return (weight * error(q, target, reduction="none")).mean()
 
@@ -382,7 +382,7 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
     Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
-    critic_net = tensors.functional(agent.critic, args.bf16)
+    critic_net = tensors.functional(agent.critic, args.bf16)  # of parameters and observations
 
     def update(critic, target, batch, weight):
         obs, action, reward, discount, next_obs = batch
@@ -415,7 +415,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Discrete, "use sac_continuous.py", images=True)
 
 
-@seeding.kept_generators()  # else a caller's search at random would repeat itself
+@seeding.kept_generators()  # a caller's own random numbers go on as if this had not run
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
@@ -432,14 +432,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step  # first fill a new replay, with the policy it has
             print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
+        noise = torch.ones(args.num_envs, action_size, device=device)  # to_numpy compares on it
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).to(noise), noise)
         while global_step < last_step:  # --log-every steps, then a log and what else is due
             start_step, metrics = global_step, []
@@ -447,11 +447,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 global_step += args.num_envs
                 progress = global_step / (args.exploration_fraction * last_step + 1e-9)
                 epsilon = linear_schedule(args.start_e, args.end_e, progress)
-                explore = torch.rand(len(noise), 1, generator=rng["action"], device=device)
+                uniform = torch.rand(len(noise), 1, generator=rng["action"], device=device)
                 # where it explores, this drowns the Q-values, and the argmax is a uniform action
-                noise.exponential_(generator=rng["action"]).mul_(1e9 * (explore < epsilon))
+                noise.exponential_(generator=rng["action"]).mul_(1e9 * (uniform < epsilon))
                 action, env_action = sample(torch.from_numpy(obs).to(device).to(noise), noise)
-                environments.send(env_action)  # some can step while the network learns
+                environments.send(env_action)  # Atari and async ones step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(before // args.train_frequency, global_step // args.train_frequency):
@@ -461,7 +461,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     losses, error = update(critic, target, replay.batch(indices), weight)
                     metrics.append(losses)
                     if args.prioritized:
-                        replay.reprioritize(indices, error)
+                        replay.update_priorities(indices, error)
                     if step % args.target_network_frequency < args.train_frequency:  # once a period
                         target.lerp_(critic, args.tau)
 
@@ -477,7 +477,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
             run.progress(global_step)  # last: from here on `due` counts anew
-    return run.dir
+        return run.finish()
 
 
 def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "cpu") -> Agent:

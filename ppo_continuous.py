@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import grad_and_value
+from torch.func import grad_and_value  # of a function, in place of loss.backward()
 
 from common import arguments, compute, envs, failing, runs, seeding, tensors
 
@@ -159,22 +159,23 @@ class Agent(nn.Module):
             obs = ((obs - self.obs_statistics.shift) * self.obs_statistics.scale).clamp(-10, 10)
         return obs.flatten(1)
 
-    def forward(self, obs: torch.Tensor) -> tuple:
-        """Policy, as log_prob_and_entropy takes it, and values [B] of raw observations."""
-        x = self.encode(obs)
-        return (self.actor(x), self.log_std, self.args.squash), self.critic(x).squeeze(-1)
+    def policy(self, x: torch.Tensor) -> tuple:
+        """Policy, as log_prob_and_entropy takes it, from features [B, F]."""
+        return self.actor(x), self.log_std, self.args.squash
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Values [B] of raw observations."""
-        return self.critic(self.encode(obs)).squeeze(-1)
+    def forward(self, obs: torch.Tensor) -> tuple:
+        """Policy and values [B] of raw observations."""
+        x = self.encode(obs)
+        return self.policy(x), self.critic(x).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
-        action = torch.addcmul(self.actor(self.encode(obs)), self.log_std.exp(), noise)
+        mean, log_std, squash = self.policy(self.encode(obs))
+        action = torch.addcmul(mean, log_std.exp(), noise)
         env_action = action.view(-1, *self.low.shape)
-        if self.args.squash:
+        if squash:
             env_action = self.low + (self.high - self.low) * (env_action.tanh() + 1) / 2
-        return action, env_action.clamp(self.low, self.high)
+        return action, env_action.clamp(self.low, self.high)  # the stored one stays unclipped
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -191,9 +192,8 @@ class Rollout:
         shape = args.num_steps, args.num_envs
         self.obs = torch.zeros(shape[0] + 1, shape[1], *obs_space.shape, device=device)
         self.noise = torch.ones(*shape, gym.spaces.flatdim(action_space), device=device)
-        self.rewards = np.zeros(shape)
         self.terminations, self.truncations = np.zeros(shape, bool), np.zeros(shape, bool)
-        self.actions, self.final_obs = [], {}  # final_obs[t, n]: a truncation's real last obs
+        self.rewards, self.actions, self.final_obs = np.zeros(shape), [], {}  # final_obs by (t, n)
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
@@ -209,12 +209,12 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
     if squash:  # of tanh(u): the entropy adds E[tanh_log_det(u)], by quadrature, u [B, A, 32]
         u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(tensors.NODES)
         entropy = entropy + tanh_log_det(u) @ mean.new_tensor(tensors.WEIGHTS)
-        log_prob = log_prob - tanh_log_det(action)
+        log_prob = log_prob - tanh_log_det(action)  # which cancels in the ratio
     return log_prob.sum(-1), entropy.sum(-1)
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalised advantage estimates (detail 5; Schulman et al. 2016, equation 16); all [T, N].
+    """Generalised advantage estimates (detail 5; arXiv:1506.02438, equation 16); all [T, N].
 
     next_values[t] is the value of the observation that step t really led to, also at a truncation;
     at a termination it is ignored. Both end the episode, so that no later delta is added.
@@ -228,13 +228,13 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
 
 def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
-    """Loss of a minibatch (minus Schulman et al. 2017, equations 7 and 9), METRICS; inputs [B]."""
+    """Loss of a minibatch, minus equation 9 of Schulman et al. 2017, and METRICS; inputs [B]."""
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     if args.norm_adv:  # detail 7: per minibatch
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)  # detail 8
-    policy_loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+    policy_loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()  # equation 7
     error = F.huber_loss if args.vf_loss == "huber" else F.mse_loss
     value_error = error(value, target, reduction="none")
     if args.clip_vloss:  # detail 9: the larger of the two errors
@@ -243,7 +243,7 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
     value_loss = value_error.mean() * (0.5 if args.vf_loss == "mse" else 1.0)  # Huber has its 1/2
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # detail 10
     kl = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()  # k1, k3: joschu.net/blog/kl-approx.html
-    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()  # detail 12: only to look at
     metrics = loss, policy_loss, value_loss, entropy.mean(), *kl, clipfrac
     return loss, torch.stack(metrics).detach()
 
@@ -269,18 +269,18 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
 
 def learning_rate(progress: float, args: Args) -> torch.Tensor:
-    """Learning rate when a fraction `progress` of the run is done (detail 4)."""
+    """Learning rate (detail 4) at a fraction `progress` of the run; a float would recompile."""
     left = (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1 - progress
     return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
 
 
 def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
     """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
-    values = torch.cat((values, agent.value(rollout.obs[-1]))).view(rollout.obs.shape[:2]).cpu()
+    values = torch.cat((values, agent(rollout.obs[-1])[1])).view(rollout.obs.shape[:2]).cpu()
     values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: they overlap
     if rollout.final_obs:  # after a truncation: the episode's real last observation
         final_obs, (t, n) = torch.stack(list(rollout.final_obs.values())), zip(*rollout.final_obs)
-        next_values[t, n] = agent.value(final_obs.to(rollout.obs)).cpu().numpy()
+        next_values[t, n] = agent(final_obs.to(rollout.obs))[1].cpu().numpy()
     rewards = rollout.rewards
     if args.norm_reward:
         rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
@@ -305,7 +305,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=args.squash)
 
 
-@seeding.kept_generators()  # else a caller's search at random would repeat itself
+@seeding.kept_generators()  # a caller's own random numbers go on as if this had not run
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
@@ -322,7 +322,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         rollout = Rollout(args, obs_space, action_space, device)
     last_step = args.total_timesteps // batch_size * batch_size
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, rollout.obs[-1] = run.step, torch.as_tensor(environments.obs)
         agent.return_statistics.carry[environments.lost | (run.step == 0)] = 0.0  # new episodes
         sample = compute.to_numpy(agent.sample, args, rollout.obs[-1], rollout.noise[0])
@@ -344,7 +344,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
-            # learn, with the same normalisation statistics as in the rollout
+            # learn, with the rollout's statistics and at first its weights: ratios begin at 1
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
@@ -354,7 +354,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             losses = {"explained_variance": 1 - ((targets - values).var() / targets.var()).item()}
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
-                    values = agent.value(obs)
+                    _, values = agent(obs)  # from which --clip-vloss counts, too
                     advantages, targets = estimate(agent, rollout, values, args)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)
@@ -377,7 +377,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
             run.progress(global_step)  # last: from here on `due` counts anew
-    return run.dir
+        return run.finish()
 
 
 def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "cpu") -> Agent:

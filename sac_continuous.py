@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import grad_and_value
+from torch.func import grad_and_value  # of a function, in place of loss.backward()
 
 from common import arguments, compute, envs, failing, runs, seeding, tensors
 
@@ -99,7 +99,7 @@ class Args:
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """every so many updates of the Q-networks, make as many of the policy (delayed, as in TD3)"""
+    """every so many updates of the Q-networks, make as many of the policy (TD3 makes only one)"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -130,10 +130,13 @@ def mlp(layer: type, *sizes: int) -> tensors.Network:
     return tensors.Network(*layers[:-1])
 
 
-def gaussian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-std [B, A] of the actor's outputs [B, 2A]; log-std is squashed into [-5, 2]."""
-    x = x.unflatten(1, (2, -1))
-    return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
+class Actor(tensors.Network):
+    """Policy: a Gaussian, whose samples tanh squashes into (-1, 1)."""
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-std [B, A] for observations [B, *obs_shape]; log-std is within [-5, 2]."""
+        x = super().forward(obs.flatten(1)).unflatten(1, (2, -1))  # to_numpy knows no chunk
+        return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
 
 
 class TwinQNetwork(tensors.Network):
@@ -150,7 +153,7 @@ class Agent(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
-        self.actor = mlp(nn.Linear, obs_size, *args.hidden_sizes, 2 * action_size)
+        self.actor = Actor(*mlp(nn.Linear, obs_size, *args.hidden_sizes, 2 * action_size))
         self.critic = TwinQNetwork(*mlp(TwinLinear, obs_size + action_size, *args.hidden_sizes, 1))
         self.target = copy.deepcopy(self.critic)
         log_alpha = 0.0 if args.autotune else math.log(args.alpha)
@@ -162,7 +165,7 @@ class Agent(nn.Module):
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
-        mean, log_std = gaussian(self.actor(obs.flatten(1)))
+        mean, log_std = self.actor(obs)
         action = torch.addcmul(mean, log_std.exp(), noise).tanh()  # mean + std * noise
         return action, self.env_action(action)
 
@@ -184,8 +187,8 @@ class Replay:
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_size: int, device):
         obs_size, size = math.prod(obs_shape), args.buffer_size // args.num_envs * args.num_envs
-        self.columns = obs_size, action_size, 1, 1, obs_size  # widths
-        self.rows = torch.zeros(size, sum(self.columns), device=device)
+        self.widths = obs_size, action_size, 1, 1, obs_size
+        self.rows = torch.zeros(size, sum(self.widths), device=device)
         self.num_rows, self.batch_size = 0, args.batch_size  # num_rows: ever added
         self.shown = None  # observations [N, O] that the environments show now
 
@@ -194,7 +197,7 @@ class Replay:
         self.shown = torch.from_numpy(obs.reshape(len(obs), -1).astype(np.float32))
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
-        """Add a transition of every environment; `obs` are the next observations."""
+        """Add a transition of every environment; `obs` is what it shows now, reset if it ended."""
         before, next_obs = self.shown.numpy(), obs.copy()
         self.start(obs)
         for n in np.flatnonzero(terminated | truncated):  # `obs` is already the next episode's
@@ -213,7 +216,7 @@ class Replay:
     def latest(self, count: int) -> torch.Tensor:
         """Return obs, reward, next obs of the last `count` rows, and the current obs, all flat."""
         rows = self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
-        obs, _, reward, _, next_obs = rows.split(self.columns, 1)
+        obs, _, reward, _, next_obs = rows.split(self.widths, 1)
         return torch.cat([x.flatten() for x in (obs, reward, next_obs, self.shown.to(obs.device))])
 
     def state_dict(self) -> dict:
@@ -232,23 +235,20 @@ def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
-def sample_with_log_prob(policy: tuple, noise: torch.Tensor) -> tuple:
-    """Actions tanh(u) [B, A] from N(0, 1) noise, and their log-density [B] within (-1, 1).
+def sample_with_log_prob(mean, log_std, noise: torch.Tensor) -> tuple:
+    """Actions tanh(u) [B, A], reparameterised by noise, and log-density [B] within (-1, 1).
 
     The target entropy refers to these actions, whatever the environment's bounds are.
     """
-    mean, log_std = policy
     u = mean + log_std.exp() * noise
     log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - tanh_log_det(u)
     return u.tanh(), log_prob.sum(-1)
 
 
 def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -> torch.Tensor:
-    """Soft Bellman target [B] (equations 3 and 5), from target Q-values [2, B] of the next state.
-
-    A termination does not bootstrap; a time limit does, from the episode's real last state.
-    """
-    return reward + gamma * (1 - termination) * (next_q.amin(0) - alpha * next_log_prob)
+    """Soft Bellman target [B] (equations 3 and 5), from target Q-values [2, B] of the next obs."""
+    next_value = next_q.amin(0) - alpha * next_log_prob  # the smaller, as maximising overestimates
+    return reward + gamma * (1 - termination) * next_value  # a time limit is no termination
 
 
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -261,7 +261,7 @@ def alpha_loss(log_alpha, log_prob: torch.Tensor, target_entropy: float) -> torc
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
-def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: Args) -> tuple:
+def make_updates(agent: Agent, optimizer: nn.ModuleDict, widths: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`, gradient steps in place that return their METRICS.
 
     Compiled, each is one graph. Only weights used through `functional` get gradients. Noise is an
@@ -270,8 +270,8 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 
     def update_critic(critic, target, actor, log_alpha, rows, indices, noise):
-        obs, action, reward, termination, next_obs = rows[indices].split(columns, 1)
-        next_action, log_prob = sample_with_log_prob(gaussian(actor_net(actor, next_obs)), noise)
+        obs, action, reward, termination, next_obs = rows[indices].split(widths, 1)
+        next_action, log_prob = sample_with_log_prob(*actor_net(actor, next_obs), noise)
         next_q, alpha = critic_net(target, next_obs, next_action), log_alpha.exp()
         y = td_target(reward[:, 0], termination[:, 0], next_q, log_prob, alpha, args.gamma)
 
@@ -284,17 +284,17 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, columns: tuple, args: A
         return torch.stack((loss_value / 2, q.mean()))  # means over the two networks
 
     def update_actor(critic, actor, log_alpha, rows, indices, noise):
-        obs, alpha = rows[indices, : columns[0]], log_alpha.exp()
+        obs, alpha = rows[indices, : widths[0]], log_alpha.exp()
 
         def loss(actor):
-            action, log_prob = sample_with_log_prob(gaussian(actor_net(actor, obs)), noise)
+            action, log_prob = sample_with_log_prob(*actor_net(actor, obs), noise)
             q = critic_net(critic, obs, action)
             return actor_loss(q, log_prob, alpha), log_prob
 
         gradient, (loss_value, log_prob) = grad_and_value(loss, has_aux=True)(actor)
         optimizer["actor"].step(actor, gradient, args.policy_lr)
         if args.autotune:  # target entropy: -1 per action dimension
-            gradient, _ = grad_and_value(alpha_loss)(log_alpha, log_prob, -noise.shape[1])
+            gradient, _ = grad_and_value(alpha_loss)(log_alpha, log_prob, -widths[1])
             optimizer["alpha"].step(log_alpha, gradient, args.q_lr)
         return torch.stack((loss_value, -log_prob.mean(), alpha[0]))
 
@@ -310,7 +310,7 @@ def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     return envs.check_spaces(args, gym.spaces.Box, "use ppo_discrete.py", bounded=True)
 
 
-@seeding.kept_generators()  # else a caller's search at random would repeat itself
+@seeding.kept_generators()  # a caller's own random numbers go on as if this had not run
 @torch.no_grad()  # grad_and_value takes gradients all the same
 def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
@@ -325,20 +325,20 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, action_size, device)
-    updates = make_updates(agent, optimizer, replay.columns, args)
+    updates = make_updates(agent, optimizer, replay.widths, args)
     update_critic, update_actor = (compute.compile_function(x, args, device) for x in updates)
     batch_noise = torch.zeros(args.batch_size, action_size, device=device)
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
-    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:  # evaluates on exit
+    with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
         global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
             learning_starts += global_step  # first fill a new replay, with the policy it has
             print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)  # zeros would hide mistakes
+        noise = torch.ones(args.num_envs, action_size, device=device)  # to_numpy compares on it
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).to(noise), noise)
         while global_step < last_step:  # --log-every steps, then a log and what else is due
             start_step, metrics = global_step, []
@@ -350,7 +350,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 else:
                     noise.normal_(generator=rng["action"])
                     action, env_action = sample(torch.from_numpy(obs).to(device).to(noise), noise)
-                environments.send(env_action)  # some can step while the network learns
+                environments.send(env_action)  # Atari and async ones step while the network learns
 
                 before = max(global_step - args.num_envs, learning_starts)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
@@ -377,7 +377,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
             run.progress(global_step)  # last: from here on `due` counts anew
-    return run.dir
+        return run.finish()
 
 
 def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "cpu") -> Agent:

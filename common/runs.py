@@ -103,11 +103,12 @@ class Run:
     """The run folder, and what a person sees of a run: TensorBoard, progress, Ctrl-C.
 
     `parts`, by name, are everything that decides how training continues. A checkpoint holds their
-    state_dicts; from `checkpoint`, if there is one, they are loaded. Leaving the `with` block at
-    the last step evaluates the agent and saves the run.
+    state_dicts; from `checkpoint`, if there is one, they are loaded.
     """
 
     def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
+        if checkpoint is None and (args.resume is not None or args.evaluate is not None):
+            fail("`train` resumes only from a checkpoint; use the command line's --resume")
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
@@ -232,37 +233,24 @@ class Run:
         return self
 
     def __exit__(self, _kind: type | None, error: BaseException | None, _) -> None:
-        try:
-            if error is None and self.step == self.last_step:
-                self._finish()
-        except BaseException as raised:
-            error = raised
-            if self.signal not in ASKED or not isinstance(raised, Exception):
-                raise
-        finally:
-            if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
-                with contextlib.suppress(Exception):
-                    self.parts["envs"].close()
-            self.bar.close()
-            with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
-                self.writer.close()
-            self._locked.close()
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        if error is None and self.step == self.last_step:
+        if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
+            with contextlib.suppress(Exception):
+                self.parts["envs"].close()
+        self.bar.close()
+        with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
+            self.writer.close()
+        self._locked.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.args.track:  # else it would also log later runs of this process
+            with contextlib.suppress(Exception):
+                sys.modules["wandb"].finish(exit_code=int(error is not None))
+        if error is None:
             self._say(f"done: {self.dir}")
             self.parts["envs"].close()
         if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
             self._leave(close=False)  # amid a step, it might wait for ever
-
-    def _finish(self) -> None:  # saved first: an evaluation is long, and plays in a user's code
-        if self.saved < self.step or self.signal:
-            self.save(self.step)
-        if self.signal:
-            self._leave()
-        self.evaluate(self.parts["agent"], self.step)
-        self.save(self.step, finished=True)
 
     def _leave(self, close: bool = True) -> NoReturn:
         script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
@@ -344,6 +332,16 @@ class Run:
         self.step = step
         if self.signal and self.saved == step < self.last_step:
             self._leave()
+
+    def finish(self) -> Path:
+        """Evaluate the agent once all steps are done, and save the run; return its folder."""
+        if self.saved < self.step or self.signal:  # first: an evaluation is long, in a user's code
+            self.save(self.step)
+        if self.signal:
+            self._leave()
+        self.evaluate(self.parts["agent"], self.step)
+        self.save(self.step, finished=True)
+        return self.dir
 
     def save(self, step: int, finished: bool = False) -> None:
         """Write a checkpoint, once TensorBoard's events up to it are on disk."""

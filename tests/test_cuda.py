@@ -75,7 +75,7 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
     optimizers = {"critic": of_critic, "actor": of_actor, "alpha": FlatAdam(agent.log_alpha, 1e-8)}
     replay = sac_continuous.Replay(args, (5,), 3, META)
     update_critic, update_actor = sac_continuous.make_updates(
-        agent, torch.nn.ModuleDict(optimizers), replay.columns, args
+        agent, torch.nn.ModuleDict(optimizers), replay.widths, args
     )
     batch = agent.log_alpha, replay.rows, indices(8), meta(8, 3)
     assert update_critic(critic, target, actor, *batch).device == META
@@ -89,7 +89,7 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
     drawn, weight = replay.sample(0.5, None)
     update = dqn_atari.make_update(agent, optimizer, args)
     metrics, error = update(critic, target, replay.batch(drawn), weight)
-    replay.reprioritize(drawn, error)
+    replay.update_priorities(drawn, error)
     assert metrics.device == error.device == replay.max_priority.device == META
 
 

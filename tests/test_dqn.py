@@ -265,7 +265,7 @@ def test_replay_equals_one_of_whole_stacks(
             expected = (1 / (len(usable) * num_envs * probabilities)) ** 0.7
             np.testing.assert_allclose(weights, expected / expected.max(), rtol=1e-5)
             errors = 3 * torch.sin(indices * 7.0 + t).double()  # of one transition, always the same
-            replay.reprioritize(indices, errors)
+            replay.update_priorities(indices, errors)
             priorities.learned(indices, errors)
             priorities.check()
     starts = 4 * num_envs * (1 + (lost < steps))  # of all stacks; then, each frame is kept once
@@ -647,7 +647,7 @@ class Record:
         self.drawn, self.learned = [], []
         self.power_cut_at = None
         send, recv, sample = envs.Environments.send, envs.Environments.recv, dqn.Replay.sample
-        reprioritize = dqn.Replay.reprioritize
+        learn = dqn.Replay.update_priorities
 
         def make_update(agent, optimizer, args):
             def update(critic, target, batch, weight):
@@ -680,11 +680,11 @@ class Record:
         def learned(replay, indices, error):
             assert error.tolist() == list(range(len(indices)))
             self.learned.append(indices)
-            reprioritize(replay, indices, error)
+            learn(replay, indices, error)
 
         monkeypatch.setattr(dqn, "make_update", make_update)
         monkeypatch.setattr(dqn.Replay, "sample", sampled)
-        monkeypatch.setattr(dqn.Replay, "reprioritize", learned)
+        monkeypatch.setattr(dqn.Replay, "update_priorities", learned)
         monkeypatch.setattr(envs.Environments, "send", sent)
         monkeypatch.setattr(envs.Environments, "recv", received)
 
@@ -1070,6 +1070,7 @@ def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():
         ({"env_id": "pixel_envs:ColoursLast-v0"}, "ColoursLast"),
         ({"env_id": "pixel_envs:Tiny-v0"}, "of bytes, 36 pixels or more each way"),
         ({"env_id": "pixel_envs:Stacked-v0"}, "does not give one frame"),
+        ({"env_id": "pixel_envs:StackedVectors-v0"}, "does not give one frame"),
         ({"env_id": "pixel_envs:Floats-v0"}, "Floats"),
         ({"n_step": 0}, "--n-step 0"),
         (

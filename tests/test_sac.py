@@ -60,10 +60,9 @@ def squashed(mean, log_std):
     return TransformedDistribution(normal, TanhTransform(cache_size=1))
 
 
-def reference_sample(policy, noise):
+def reference_sample(mean, log_std, noise):
     """Another way to the action and its log-density: the distribution transforms the sample."""
-    distribution = squashed(*policy)
-    mean, log_std = policy
+    distribution = squashed(mean, log_std)
     action = distribution.transforms[0](mean + log_std.exp() * noise)
     return action, distribution.log_prob(action)
 
@@ -81,7 +80,7 @@ def test_log_prob_equals_torch_distributions_far_into_the_tails(dtype, tolerance
         results = []
         for sample in (sac.sample_with_log_prob, reference_sample):
             policy = mean.clone().requires_grad_(), spread.clone().requires_grad_()
-            action, log_prob = sample(policy, noise)
+            action, log_prob = sample(*policy, noise)
             results.append((action, log_prob, *torch.autograd.grad(log_prob.sum(), policy)))
         for got, expected in zip(*results, strict=True):
             assert got.isfinite().all()
@@ -93,7 +92,7 @@ def test_log_prob_in_float32_equals_another_formula_in_float64():
     mean, log_std = torch.linspace(-16, 16, 129).repeat(2, 1).T, torch.tensor([-1.0, 0.6])
     for noise in (torch.full((129, 2), -2.0), torch.zeros(129, 2), torch.full((129, 2), 2.1)):
         policy = [x.clone().requires_grad_() for x in (mean, log_std.expand_as(mean))]
-        action, log_prob = sac.sample_with_log_prob(policy, noise)
+        action, log_prob = sac.sample_with_log_prob(*policy, noise)
         gradient = torch.autograd.grad(log_prob.sum(), policy)
         m, s, z = (x.detach().double() for x in (*policy, noise))
         u = m + s.exp() * z
@@ -109,7 +108,7 @@ def test_log_prob_is_exact_where_tanh_rounds_to_one():
     """log(1 - tanh(10)^2 + 1e-6), a common repair, would be off by 4.8."""
     one = torch.ones(1, 1)
     for u in (-10.0, 10.0):
-        _, got = sac.sample_with_log_prob((u * one, 0 * one), 0 * one)
+        _, got = sac.sample_with_log_prob(u * one, 0 * one, 0 * one)
         exact = -0.5 * math.log(2 * math.pi) - math.log(4) + 20 + 2 * math.log1p(math.exp(-20))
         assert got.item() == pytest.approx(exact, rel=1e-6)
 
@@ -120,7 +119,7 @@ def test_density_and_entropy_are_those_of_actions_from_minus_one_to_one():
     results = []
     for bound in (1.0, 0.4):
         agent = make_agent(gym.spaces.Box(-bound, bound, (3,)))
-        action, log_prob = sac.sample_with_log_prob(sac.gaussian(agent.actor(obs)), noise)
+        action, log_prob = sac.sample_with_log_prob(*agent.actor(obs), noise)
         stored, env_action = agent.sample(obs, noise)
         torch.testing.assert_close(stored, action)
         torch.testing.assert_close(env_action, bound * action)
@@ -132,7 +131,7 @@ def test_density_and_entropy_are_those_of_actions_from_minus_one_to_one():
     torch.testing.assert_close(agent.env_action(0 * edges)[0], torch.tensor([-0.5, 0.25, 0.0]))
     grid = torch.linspace(-6, 6, 20_001, dtype=torch.float64)[:, None]
     policy = torch.full_like(grid, 0.3), torch.full_like(grid, -0.5)
-    action, log_prob = sac.sample_with_log_prob(policy, grid)
+    action, log_prob = sac.sample_with_log_prob(*policy, grid)
     assert torch.trapezoid(log_prob.exp(), action[:, 0]).item() == pytest.approx(1, abs=1e-6)
 
 
@@ -142,13 +141,13 @@ def test_acting_equals_the_policy_in_training_and_deterministically_its_mean():
     for parameter in agent.actor.parameters():
         parameter.add_(torch.randn_like(parameter))
     obs, noise = 3 * torch.randn(200, 4), torch.randn(200, 3)
-    mean, log_std = sac.gaussian(agent.actor(obs))
+    mean, log_std = agent.actor(obs)
     assert log_std.min() >= -5 and log_std.max() <= 2 and log_std.max() - log_std.min() > 5
-    output = agent.actor(obs)
+    output = nn.Sequential(*agent.actor)(obs)
     expected = -1.5 + 3.5 * (2 * torch.sigmoid(2 * output[:, 3:]) - 1)
     torch.testing.assert_close(log_std, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(mean, output[:, :3])
-    action, _ = sac.sample_with_log_prob((mean, log_std), noise)
+    action, _ = sac.sample_with_log_prob(mean, log_std, noise)
     assert to_numpy(agent.sample, sac.Args(compile=False), obs, noise).__name__ == "untraced"
     act = to_numpy(agent.sample, agent.args, obs, noise)
     assert act.__name__ == "traced"
@@ -280,7 +279,7 @@ class Plain:
             x.squeeze(1) for x in batch.tensor_split((4, 7, 8, 9), 1)
         )
         with torch.no_grad():
-            next_action, log_prob = reference_sample(sac.gaussian(self.actor(next_obs)), noise)
+            next_action, log_prob = reference_sample(*self.actor(next_obs), noise)
             q1, q2 = self.target(next_obs, next_action)
             value = torch.where(q1 < q2, q1, q2) - self.log_alpha.exp() * log_prob
             wanted = torch.where(termination.bool(), reward, reward + self.args.gamma * value)
@@ -292,7 +291,7 @@ class Plain:
 
     def update_actor(self, batch, noise):
         obs, alpha = batch[:, :4], self.log_alpha.exp().item()
-        action, log_prob = reference_sample(sac.gaussian(self.actor(obs)), noise)
+        action, log_prob = reference_sample(*self.actor(obs), noise)
         loss = (alpha * log_prob - torch.minimum(*self.critic(obs, action))).mean()
         self.step(self.actor_optimizer, loss)
         log_prob = log_prob.detach()
