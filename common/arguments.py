@@ -76,8 +76,9 @@ def check_ranges(args) -> None:
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
-            for x in value if isinstance(value, (tuple, list)) else [value] * (value is not None):
-                require(low <= x <= high and x < math.inf, args, name, f"be {need}")
+            for x in value if isinstance(value, (tuple, list)) else [value]:
+                fits = x is None or low <= x <= high and x < math.inf
+                require(fits, args, name, f"be {need}")
     for name, other in EFFECTIVE_WITH.items():
         if new and getattr(args, name, None) != getattr(type(args), name, None):
             on = getattr(args, other.removeprefix("no_"), None) != other.startswith("no_")

@@ -19,6 +19,9 @@ def find_game(env_id: str) -> str | None:
     match = re.fullmatch(r"(ALE/)?([A-Z]\w*?)(NoFrameskip|Deterministic)?-v[045]", env_id)
     if not match:
         return None
+    spec = gym.registry.get(env_id)
+    if spec is not None and spec.entry_point != "ale_py.env:AtariEnv":  # of a user's
+        return None
     from ale_py import roms
 
     return {x.title().replace("_", ""): x for x in roms.get_all_rom_ids()}.get(match[2])

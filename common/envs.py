@@ -248,6 +248,7 @@ def check_spaces(args, action_type: type, hint: str, bounded=False, images=False
         fail(f"--sticky-actions: {args.env_id} is not an ale-py game")
     obs_space, action_space = env.observation_space, env.action_space
     stacked = getattr(env, "padding_type", "") == "zero" and env.stack_size == 4  # as in make_env
+    stacked = stacked and len(obs_space.shape or ()) == 3
     if not isinstance(action_space, action_type):
         kind = type(action_space).__name__.lower().replace("box", "continuous")
         known = isinstance(action_space, (gym.spaces.Box, gym.spaces.Discrete))
@@ -311,9 +312,11 @@ def play(act: Callable, args, run_dir: Path, first: int = 0) -> tuple[list[float
 
     An episode that neither terminates nor is truncated is cut off after 108,000 steps.
     """
+    filming = args.capture_video and not args.render
+    if filming:
+        prepare_video()
     seed_process(stream_seed(args.seed, "eval", first))  # making an env may draw numbers, too
     env = make_env(args, "human" if args.render else "rgb_array" if args.capture_video else None)
-    filming = args.capture_video and not args.render
     if filming:
         videos = run_dir / "videos"
         taken = (re.match(r"evaluation-(\d+)-", x.name) for x in videos.glob("*.mp4"))

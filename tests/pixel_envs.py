@@ -129,3 +129,11 @@ def stacked(**_):
 
 
 gym.register("Stacked-v0", stacked, order_enforce=False, disable_env_checker=True)
+
+
+def stacked_vectors(**_):
+    """Stacks [4, 8] that are no frames."""
+    return gym.wrappers.FrameStackObservation(Noise((8,)), 4, padding_type="zero")
+
+
+gym.register("StackedVectors-v0", stacked_vectors, order_enforce=False, disable_env_checker=True)

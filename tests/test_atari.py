@@ -90,6 +90,14 @@ def test_every_game_that_ale_py_registers_is_found():
     assert len(games) > 100 and games == {env_id: atari.find_game(env_id) for env_id in games}
 
 
+def test_a_users_environment_that_is_called_as_a_game_is_no_game(monkeypatch):
+    assert atari.find_game("Tetris-v0") == "tetris"
+    monkeypatch.setattr(gym.envs.registration, "registry", gym.registry.copy())
+    monkeypatch.setattr(gym, "registry", gym.envs.registration.registry)
+    gym.register("Tetris-v0", lambda: None)
+    assert atari.find_game("Tetris-v0") is None and atari.find_game("ALE/Tetris-v5") == "tetris"
+
+
 def test_both_spellings_play_the_same():
     seen = []
     for env_id in ("ALE/Breakout-v5", "BreakoutNoFrameskip-v4"):

@@ -275,7 +275,12 @@ def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal, so lines and no bar
     read, write = os.pipe()
-    os.close(read)
+
+    def introduce(self, introduce=runs.Run._introduce):
+        introduce(self)
+        os.close(read)
+
+    monkeypatch.setattr(runs.Run, "_introduce", introduce)
     with os.fdopen(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as stopped:
@@ -284,6 +289,14 @@ def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
         print("to nobody", flush=True)
     assert stopped.value.code == 128 + signal.SIGPIPE
     assert 0 < load_checkpoint("r/checkpoint.pt")["global_step"] < 6400
+
+
+@pytest.mark.parametrize("name", ["resume", "evaluate"])
+def test_train_does_not_take_a_run_to_resume_for_a_new_one(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(Args(env_id="Pendulum-v1", total_timesteps=64, **SHORT, **{name: "r"}))
+    assert "`train` resumes only from a checkpoint" in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_what_another_process_went_on_with_is_not_gone_back_from(monkeypatch, capsys):
@@ -453,8 +466,9 @@ def test_a_tracked_run_goes_on_as_itself(run, tmp_path):
     log = tmp_path / "log"
     wandb.write_text(f"""
 finished = []
-def finish():  # a run before, in the same process
-    finished.append(1)
+def finish(exit_code=None):  # at the start a run before, in the same process
+    finished.append(exit_code)
+    print("finish", exit_code, file=open({str(log) + "2"!r}, "a"))
 def init(**options):
     assert finished and options["sync_tensorboard"] and options["config"]["num_steps"] == 64
     assert options["config"]["resume"] or not list(options["dir"].glob("events*"))  # to see all
@@ -469,6 +483,7 @@ def init(**options):
     words += ["--wandb-project-name", "p", "--wandb-entity", "e"]
     run("ppo_continuous.py", *words, cwd=tmp_path)
     first, other, again = (line.split() for line in log.read_text().splitlines())
+    assert Path(f"{log}2").read_text() == 3 * "finish None\nfinish 0\n"
     assert first[1:] == ["r", "allow", "single-file-rl", "None"] == other[1:]
     assert again == [*first[:3], "p", "e"] and first[0] != other[0]
     (tmp_path / "a" / "r" / "wandb_id").write_text("")  # it was never on disk
