@@ -281,7 +281,7 @@ def make_updates(agent: Agent, optimizer: nn.ModuleDict, widths: tuple, args: Ar
 
         gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(critic)
         optimizer["critic"].step(critic, gradient, args.q_lr)
-        return torch.stack((loss_value / 2, q.mean()))  # means over the two networks
+        return torch.stack((loss_value / len(q), q.mean()))  # means over the two networks
 
     def update_actor(critic, actor, log_alpha, rows, indices, noise):
         obs, alpha = rows[indices, : widths[0]], log_alpha.exp()

@@ -362,7 +362,8 @@ def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[s
         steps = f"{a[0].total:,} steps cannot be compared with {b[0].total:,}"
         return [("not compared", steps)]
     pairs = [(x, y) for x in a for y in b if x.config["args"]["seed"] == y.config["args"]["seed"]]
-    if len(pairs) == min(len(a), len(b)) and all(results.repeats(x, y) for x, y in pairs):
+    same = len(pairs) == min(len(a), len(b)) and all(results.repeats(x, y) for x, y in pairs)
+    if same and any(np.ptp(x.returns) for x, _ in pairs):  # a constant return proves nothing
         return [("the same", f"the same to the last episode, {len(pairs)} seed(s)")]
     begins = [result.steps[-101] if len(result.steps) > 100 else 0 for result in a + b]
     # PPO plays whole rollouts; CleanRL's own runs have no evaluation
@@ -396,7 +397,9 @@ def difference(a: list[float], b: list[float], level: float) -> tuple[float, flo
     if min(len(a), len(b)) > 1 and np.ptp(a) == np.ptp(b) == 0:
         low = high = apart
     elif min(len(a), len(b)) > 1:
-        low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
+        errors = [np.var(side, ddof=1) / len(side) for side in (a, b)]  # squared
+        freedom = sum(errors) ** 2 / sum(x**2 / (len(y) - 1) for x, y in zip(errors, (a, b)))
+        low, high = stats.t.interval(level, freedom, apart, np.sqrt(sum(errors)))
     else:
         seeds = max(a, b, key=len)
         scale = np.std(seeds, ddof=1) * np.sqrt(1 + 1 / len(seeds))

@@ -30,7 +30,7 @@ WHERE = ("--run-dir", "--checkpoint-every")  # flags that decide nothing of a re
 FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called the same
 # arguments in which runs may differ that are called seeds of one thing
 LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
-LIKE |= {"eval_every", "eval_episodes", "capture_video", "resume", "evaluate", "render"}
+LIKE |= {"eval_every", "eval_episodes", "eval_e", "capture_video", "resume", "evaluate", "render"}
 LIKE |= {"track", "wandb_project_name", "wandb_entity", "minibatch_size", "num_minibatches"}
 
 
@@ -73,6 +73,7 @@ def read_run(run_dir: Path) -> Result:
     usual = np.diff([event.wall_time for event in progress])  # between two logs
     pause = max(SUSPENDED, 5 * np.percentile(usual, 25) if len(usual) > 3 else 0)
     seconds = _seconds(run_dir, [event.wall_time for event in returns + progress], pause)
+    seconds = seconds.round(1)  # so that what was logged together has one time
     total = args["total_timesteps"]
     if any(events[-1].step > total for events in (progress, evaluations) if events):
         fail(f"{run_dir} was extended beyond the {total:,} steps of its command: run it anew")

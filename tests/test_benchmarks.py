@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -389,6 +390,7 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     assert results.read_csv(path).last().mean() == pytest.approx(last)
     times = [float(row["seconds"]) for row in rows]
     assert times == sorted(times) and times[0] >= 0
+    assert results.read_run(Path("r")).seconds.tolist() == times  # as coarse
     config = json.loads(path.with_suffix(".json").read_text())
     assert config["evaluation"]["step"] == 1024 and config["wall_seconds"] >= times[-1] - 0.1
     assert results.read_folder(Path("r"))["InvertedPendulum-v5"][0].steps.tolist() == [
@@ -791,6 +793,8 @@ def test_compare_says_whether_a_change_helped(suite, capsys):
         write_result(result, Path("flat"))
     plots.compare(Path("flat"), Path("d"))
     assert "d cannot be told from flat" in capsys.readouterr().out
+    plots.compare(Path("flat"), Path("flat"))  # any two would agree, as on MountainCar
+    assert "flat cannot be told from flat" in capsys.readouterr().out
     for env_id, level in (("HalfCheetah-v5", 1442.64), ("Hopper-v5", 1000.0)):
         for seed in (4, 5, 6):
             write_result(make_result(env_id, seed, level + 100 * (seed - 5)), Path("e"))
@@ -907,6 +911,7 @@ def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
     assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
     first.config["args"] |= {"num_steps": 64, "num_minibatches": 2, "minibatch_size": 32}
     second.config["args"] |= {"num_steps": 64, "num_minibatches": 2, "minibatch_size": None}
+    first.config["args"]["eval_e"], second.config["args"]["eval_e"] = 0.01, 0.05
     for result in (first, second):  # the same, by another argument
         write_result(result, tmp_path)
     assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
@@ -940,6 +945,11 @@ def test_the_interval_of_a_difference_covers_it(seeds):
     # and of unequal spreads: (1 / 3 + 100 / 3)**2 / (1 / 18 + 10000 / 18) = 2.04 degrees
     low, high = plots.difference([1.0, 2.0, 3.0], [10.0, 20.0, 30.0], 0.95)
     assert (high - low) / 2 == pytest.approx(4.24 * math.sqrt(101 / 3), rel=0.01)
+    # where one side does not vary, as CartPole's: of 2 degrees, and without a warning
+    expected = pytest.approx((-1 - 4.303 / math.sqrt(3), -1 + 4.303 / math.sqrt(3)), abs=2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plots.difference([500.0] * 3, [499.0, 500.0, 498.0], 0.95) == expected
 
 
 @pytest.mark.parametrize(
