@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CASES, PPO, assert_same, each_script, scalars
+from conftest import CASES, PPO, assert_same, assert_same_runs, each_script, scalars
 
 import dqn_atari
 import ppo_continuous
@@ -135,6 +135,48 @@ def test_dropout_is_off_in_evaluations_and_they_repeat_themselves(monkeypatch):
     assert all(agent.act(obs) == agent.act(obs) for _ in range(20))
     agent.train()
     assert any(agent.act(obs) != agent.act(obs) for _ in range(20))
+
+
+def test_dropout_and_layer_norm_are_resumed_exactly_where_compiled(monkeypatch):
+    """The compiled update draws from PyTorch's own generator, which checkpoints hold."""
+
+    def mlp(*sizes):
+        layers = nn.Linear(sizes[0], 32), nn.LayerNorm(32), nn.Dropout(0.5), nn.Tanh()
+        return ppo_continuous.tensors.Network(*layers, nn.Linear(32, sizes[-1]))
+
+    def save(run, step, save=runs.Run.save, **rest):
+        save(run, step, **rest)
+        if step == 128 and run.dir == Path("r"):
+            shutil.copytree("r", "cut")
+
+    monkeypatch.setattr(ppo_continuous, "mlp", mlp)
+    monkeypatch.setattr(runs.Run, "save", save)
+    options = PENDULUM | {"compile": True, "total_timesteps": 256, "checkpoint_every": 64}
+    args = ppo_continuous.Args(**options, run_dir="r")
+    ppo_continuous.train(args)
+    cut = load_checkpoint("cut/checkpoint.pt")
+    assert cut["global_step"] == 128
+    torch.manual_seed(0)
+    ppo_continuous.train(dataclasses.replace(args, run_dir="cut", resume="cut"), cut)
+    assert_same_runs(Path("r"), Path("cut"))
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_infos_that_are_let_through_arrive_and_the_last_ones_apart(vectorization, monkeypatch):
+    def step(self, action, step=envs.Replayable.step):
+        *outcome, _ = step(self, action)
+        return *outcome, {"taken": len(self.actions)}
+
+    monkeypatch.setattr(envs.Replayable, "step", step)
+    args = ppo_continuous.Args(**PENDULUM | {"num_envs": 2, "vectorization": vectorization})
+    environments, seen = envs.Environments(args), []
+    for _ in range(201):
+        *_, infos = environments.step(np.zeros((2, 1), np.float32))
+        seen.append({"last": infos.get("final_info")} | {"taken": infos.get("taken")})
+    environments.close()
+    assert seen[9]["taken"].tolist() == [10, 10] and seen[200]["taken"].tolist() == [1, 1]
+    assert [i for i, x in enumerate(seen) if x["last"]] == [199]
+    assert seen[199]["last"]["taken"].tolist() == [200, 200]
 
 
 @each_script
