@@ -100,7 +100,9 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
     game = atari.find_game(parser.parse_known_args()[0].env_id)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head`
     args = tyro.cli(args_class, default=args_class(**atari_defaults or {}) if game else None)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if args.resume is not None and args.evaluate is not None:
         fail("--resume and --evaluate exclude each other")
     if args.render and args.evaluate is None:

@@ -1,6 +1,10 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -166,6 +170,15 @@ def test_help_says_what_every_flag_does(run, tmp_path, script):
     text = " ".join(run(script, "--help", cwd=tmp_path).stdout.split())
     for name, (_, about) in read_args(script).items():
         assert f"--{name.replace('_', '-')}" in text and " ".join(about.split()) in text
+
+
+def test_help_that_is_not_read_to_its_end_ends_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, ROOT / "dqn_atari.py", "--help"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == ""
 
 
 def test_without_a_compiler_it_says_which_package_to_install_and_runs_eagerly(
