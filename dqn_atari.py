@@ -141,7 +141,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args):
         super().__init__()
-        *convolutions, linear, relu = nature_cnn(obs_shape)  # --dueling branches off after these
+        *convolutions, linear, relu = nature_cnn(obs_shape)  # --dueling branches off before linear
         self.cnn = nn.Sequential(*convolutions)
         self.advantage = tensors.Network(linear, relu, nn.Linear(512, action_size))
         self.state_value = None

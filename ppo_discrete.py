@@ -110,7 +110,7 @@ class Args:
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     recompute_advantages: bool = False
-    """recompute values and advantages before every epoch instead of once per rollout"""
+    """recompute advantages, and values (for --clip-vloss, too), before every epoch"""
     clip_coef: float = 0.2
     """how far the probability ratio may move from 1 before the objective stops rewarding it"""
     clip_vloss: bool = True
@@ -353,7 +353,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             losses = {"explained_variance": 1 - ((targets - values).var() / targets.var()).item()}
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
-                    _, values = agent(obs)  # from which --clip-vloss counts, too
+                    values = agent.critic(agent.encode(obs)).squeeze(-1)  # as in Agent.forward
                     advantages, targets = estimate(agent, rollout, values, args)
                 batch = obs, actions, old_log_prob, advantages, values, targets
                 order = torch.randperm(batch_size, generator=rng["minibatch"], device=device)

@@ -243,7 +243,7 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
     try:
         from rliable import library, metrics
     except ImportError as error:
-        print(f"no aggregate of {name} ({error}): {INSTALL}")
+        print(f"no aggregate of {name} ({error}): {INSTALL}, with Python below 3.14")
         return
     functions = {"interquartile mean": metrics.aggregate_iqm, "mean": metrics.aggregate_mean}
     functions |= {"median": metrics.aggregate_median}

@@ -73,7 +73,7 @@ def read_run(run_dir: Path) -> Result:
     usual = np.diff([event.wall_time for event in progress])  # between two logs
     pause = max(SUSPENDED, 5 * np.percentile(usual, 25) if len(usual) > 3 else 0)
     seconds = _seconds(run_dir, [event.wall_time for event in returns + progress], pause)
-    seconds = seconds.round(1)  # so that what was logged together has one time
+    seconds = seconds.round(1)  # as in a CSV: what is logged together has one
     total = args["total_timesteps"]
     if any(events[-1].step > total for events in (progress, evaluations) if events):
         fail(f"{run_dir} was extended beyond the {total:,} steps of its command: run it anew")

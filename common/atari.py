@@ -20,7 +20,7 @@ def find_game(env_id: str) -> str | None:
     if not match:
         return None
     spec = gym.registry.get(env_id)
-    if spec is not None and spec.entry_point != "ale_py.env:AtariEnv":  # of a user's
+    if spec is not None and not str(spec.entry_point).startswith("ale_py"):  # a user's own
         return None
     from ale_py import roms
 

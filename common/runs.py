@@ -108,7 +108,7 @@ class Run:
 
     def __init__(self, args, script: str, last_step: int, device, checkpoint, parts: dict):
         if checkpoint is None and (args.resume is not None or args.evaluate is not None):
-            fail("`train` resumes only from a checkpoint; use the command line's --resume")
+            fail("`resume` or `evaluate` is set, which only the command line takes")
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         self.args, self.script, self.last_step, self.parts = args, script, last_step, parts
@@ -155,6 +155,7 @@ class Run:
         except BaseException:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
                 self.writer.close()
+            self._untrack(exit_code=1)
             if checkpoint is None:
                 shutil.rmtree(self.dir, ignore_errors=True)  # NFS keeps open files
             raise
@@ -189,6 +190,11 @@ class Run:
                 wandb.init(**ids, resume="allow", config=vars(args), sync_tensorboard=True)
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def _untrack(self, exit_code: int) -> None:  # else later runs of this process would be logged
+        if self.args.track:
+            with contextlib.suppress(Exception):
+                sys.modules["wandb"].finish(exit_code=exit_code)
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"
@@ -242,9 +248,7 @@ class Run:
         self._locked.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.args.track:  # else it would also log later runs of this process
-            with contextlib.suppress(Exception):
-                sys.modules["wandb"].finish(exit_code=int(error is not None))
+        self._untrack(exit_code=int(error is not None and not self.signal))
         if error is None:
             self._say(f"done: {self.dir}")
             self.parts["envs"].close()

@@ -655,6 +655,7 @@ def test_plot_draws_curves_and_aggregates(suite, capsys, monkeypatch):
     assert low <= round(mean, 2) <= high < low + 0.15
     picture = suite.parent / "ppo_continuous_aggregate.png"
     drawn = picture.read_bytes()
+    picture.unlink()
     plots.plot()
     assert picture.read_bytes() == drawn
     capsys.readouterr()

@@ -269,16 +269,19 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
     assert "done: r" in out and "±" in out
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
+@pytest.mark.parametrize("read_once, compiled", [(False, False), (True, False), (True, True)])
+def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, read_once, compiled):
     """Also where that it compiles is what nobody reads first."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal, so lines and no bar
     read, write = os.pipe()
 
     def introduce(self, introduce=runs.Run._introduce):
-        introduce(self)
+        if read_once:
+            introduce(self)
         os.close(read)
+        if not read_once:
+            introduce(self)
 
     monkeypatch.setattr(runs.Run, "_introduce", introduce)
     with os.fdopen(write, "w") as pipe:
@@ -295,7 +298,7 @@ def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, compiled):
 def test_train_does_not_take_a_run_to_resume_for_a_new_one(name, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(Args(env_id="Pendulum-v1", total_timesteps=64, **SHORT, **{name: "r"}))
-    assert "`train` resumes only from a checkpoint" in capsys.readouterr().err
+    assert "is set, which only the command line takes" in capsys.readouterr().err
     assert not list(Path().iterdir())
 
 
@@ -504,6 +507,31 @@ def init(**options):
     words = ["--resume", "a/r", "--total-timesteps", 512]
     assert run("ppo_continuous.py", *words, cwd=tmp_path, check=False).returncode == 2
     assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 320
+
+
+def test_a_tracked_run_has_failed_only_if_it_failed(monkeypatch):
+    """And ends at once, also where it ends before its first step."""
+    wandb, to_come, step = mock.Mock(), [signal.SIGINT], envs.Environments.step
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    options = SHORT | {"total_timesteps": 1024, "track": True}
+
+    def asked(self, action):
+        if to_come:
+            signal.raise_signal(to_come.pop())
+        return step(self, action)
+
+    for name, env_id, change in (
+        ("nan", "toy_envs:Broken-reward-v0", ()),
+        ("stopped", "Pendulum-v1", (envs.Environments, "step", asked)),
+        ("full", "Pendulum-v1", (runs, "save_checkpoint", lambda *_: fail("full", code=1))),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            if change:
+                patch.setattr(*change)
+            train(Args(env_id=env_id, run_dir=name, **options))
+    before, ends = wandb.finish.call_args_list[::2], wandb.finish.call_args_list[1::2]
+    assert before == 3 * [mock.call()]
+    assert ends == [mock.call(exit_code=code) for code in (1, 0, 1)]
 
 
 def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
