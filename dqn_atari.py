@@ -160,19 +160,19 @@ class QNetwork(nn.Module):
 
 
 class Agent(nn.Module):
-    """Q-network `critic` and its `target`; huge noise on the Q-values makes an action random."""
+    """`q_network` and its `target` network; huge noise on Q-values makes an action random."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
-        self.critic = QNetwork(obs_shape, gym.spaces.flatdim(action_space), args)
-        self.target = copy.deepcopy(self.critic)
+        self.q_network = QNetwork(obs_shape, gym.spaces.flatdim(action_space), args)
+        self.target = copy.deepcopy(self.q_network)
         self.args = args
         self.register_buffer("obs_shape", torch.tensor(obs_shape))  # for load_agent
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
-        action = (self.critic(obs) + noise).argmax(-1)
+        action = (self.q_network(obs) + noise).argmax(-1)
         return action, self.actions.take(action)  # the space may not start at 0
 
     @torch.no_grad()
@@ -191,13 +191,13 @@ class SumTree:
     """
 
     def __init__(self, size: int, device):
-        width, self.most = math.ceil(math.sqrt(size)), 2.0 ** (62 - size.bit_length())
+        width, self.max_leaf = math.ceil(math.sqrt(size)), 2.0 ** (62 - size.bit_length())
         self.leaves = torch.zeros(width, width, dtype=torch.int64, device=device)
         self.sums = torch.zeros(width, dtype=torch.int64, device=device)
 
     def update(self, indices: torch.Tensor, priorities: torch.Tensor) -> None:
         """Set the priorities [B] of the leaves `indices` [B]."""
-        self.leaves.view(-1)[indices] = (priorities * 2**30).ceil().clamp(max=self.most).long()
+        self.leaves.view(-1)[indices] = (priorities * 2**30).ceil().clamp(max=self.max_leaf).long()
         blocks = indices // len(self.sums)
         self.sums[blocks] = self.leaves[blocks].sum(1)
 
@@ -382,22 +382,22 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
     Compiled, it is one graph. Only weights used through `functional` get gradients.
     """
-    critic_net = tensors.functional(agent.critic, args.bf16)  # of parameters and observations
+    q_values = tensors.functional(agent.q_network, args.bf16)  # of parameters and observations
 
-    def update(critic, target, batch, weight):
+    def update(q_network, target, batch, weight):
         obs, action, reward, discount, next_obs = batch
-        next_q = critic_net(target, next_obs)
-        choosing_q = critic_net(critic, next_obs) if args.double else next_q
+        next_q = q_values(target, next_obs)
+        choosing_q = q_values(q_network, next_obs) if args.double else next_q
         y = td_target(reward, discount, next_q, choosing_q)
 
-        def loss(critic):
-            q = critic_net(critic, obs).gather(1, action[:, None]).squeeze(1)
+        def loss(q_network):
+            q = q_values(q_network, obs).gather(1, action[:, None]).squeeze(1)
             return td_loss(q, y, weight, args.loss), q
 
-        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(critic)
+        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(q_network)
         if args.max_grad_norm:
             gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        optimizer.step(critic, gradient, args.learning_rate)
+        optimizer.step(q_network, gradient, args.learning_rate)
         return torch.stack((loss_value, q.mean())), y - q
 
     return update
@@ -423,8 +423,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     device = compute.setup_torch(args, large=True)
     rng = seeding.Streams(args.seed, ("action", "replay"), device)
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
-    optimizer = tensors.FlatAdam(critic, eps=1e-8)
+    q_network, target = map(tensors.flatten_parameters, (agent.q_network, agent.target))  # [P]
+    optimizer = tensors.FlatAdam(q_network, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, device)
@@ -458,18 +458,18 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     step = i * args.train_frequency
                     beta = linear_schedule(args.priority_beta, 1.0, step / last_step)
                     indices, weight = replay.sample(beta, rng["replay"])
-                    losses, error = update(critic, target, replay.batch(indices), weight)
+                    losses, error = update(q_network, target, replay.batch(indices), weight)
                     metrics.append(losses)
                     if args.prioritized:
                         replay.update_priorities(indices, error)
                     if step % args.target_network_frequency < args.train_frequency:  # once a period
-                        target.lerp_(critic, args.tau)
+                        target.lerp_(q_network, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
-            run.require_finite("a weight or loss", critic, *means.values())
+            run.require_finite("a weight or loss", q_network, *means.values())
             run.episodes(environments.finished_episodes())
             run.scalars(means | {"charts/epsilon": epsilon}, global_step)
             if run.due(args.eval_every, global_step):
@@ -486,7 +486,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Discrete(len(weights["actions"]), start=weights["actions"][0].item())
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
-    tensors.flatten_parameters(agent.critic)  # same memory layout as in training, so same rounding
+    tensors.flatten_parameters(agent.q_network)  # the memory layout of training, so its rounding
     agent.load_state_dict(weights)
     return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 

@@ -386,7 +386,7 @@ def load_agent(run_dir: str | Path, name: str = "checkpoint.pt", device: str = "
     args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     action_space = gym.spaces.Box(weights["low"].numpy(), weights["high"].numpy())
     agent = Agent(weights["obs_shape"].tolist(), action_space, args).to(device)
-    tensors.flatten_parameters(agent.actor)  # same memory layout as in training, so same rounding
+    tensors.flatten_parameters(agent.actor)  # the memory layout of training, so its rounding
     agent.load_state_dict(weights)
     return agent.requires_grad_().eval()  # flatten_parameters had turned gradients off
 

@@ -83,7 +83,7 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
 
     options = {"double": True, "dueling": True, "prioritized": True, "buffer_size": 100}
     agent, args = on_meta(dqn_atari, PICTURE, BUTTONS, **options)
-    (critic, optimizer), (target, _) = map(flat, (agent.critic, agent.target))
+    (critic, optimizer), (target, _) = map(flat, (agent.q_network, agent.target))
     replay = dqn_atari.Replay(args, (4, 84, 84), META)
     replay.num_rows = 10
     drawn, weight = replay.sample(0.5, None)

@@ -509,10 +509,10 @@ def random_batch(count: int):
 @torch.no_grad()
 def test_the_q_network_acts_and_the_target_network_begins_as_its_copy():
     agent, obs = make_agent(), random_batch(50)[0][0]
-    for a, b in zip(agent.critic.parameters(), agent.target.parameters(), strict=True):
+    for a, b in zip(agent.q_network.parameters(), agent.target.parameters(), strict=True):
         assert torch.equal(a, b)
         b += 0.1 * torch.randn_like(b)
-    best = agent.critic(obs).argmax(1)
+    best = agent.q_network(obs).argmax(1)
     assert torch.equal(agent.sample(obs, torch.zeros(50, 3))[0], best)
     assert not torch.equal(agent.target(obs).argmax(1), best)
 
@@ -520,7 +520,7 @@ def test_the_q_network_acts_and_the_target_network_begins_as_its_copy():
 @torch.no_grad()
 def test_dueling_networks_tell_values_from_advantages():
     """Advantages have mean zero, so that a constant in them changes nothing."""
-    network, obs = make_agent(dueling=True).critic, random_batch(20)[0][0]
+    network, obs = make_agent(dueling=True).q_network, random_batch(20)[0][0]
     q = network(obs)
     torch.testing.assert_close(q.mean(1, keepdim=True), network.state_value(network.cnn(obs / 255)))
     network.advantage[-1].bias += 3.0
@@ -536,7 +536,7 @@ def test_layers_are_those_of_the_papers(dueling):
     """Each stream of a dueling network has a hidden layer of its own; their gradients meet where
     the convolutions end, and are scaled down there by the root of two.
     """
-    network, obs = make_agent(dueling=dueling).critic, random_batch(20)[0][0]
+    network, obs = make_agent(dueling=dueling).q_network, random_batch(20)[0][0]
     streams = (network.advantage, network.state_value) if dueling else (network.advantage,)
     for x in streams:
         assert [type(layer) for layer in x] == [nn.Linear, nn.ReLU, nn.Linear]
@@ -569,16 +569,16 @@ def test_update_equals_autograd_with_torch_optim_adam(double, dueling, loss, max
     args, agent = dqn.Args(learning_rate=1e-3, **options), make_agent(**options).double()
     for parameter in agent.target.parameters():  # which then disagree on what is best
         parameter.add_(0.1 * torch.randn_like(parameter))
-    plain, target_network = copy.deepcopy(agent.critic), copy.deepcopy(agent.target)
-    critic, target = map(flatten_parameters, (agent.critic, agent.target))
-    update = dqn.make_update(agent, FlatAdam(critic, eps=1e-8), args)
+    plain, target_network = copy.deepcopy(agent.q_network), copy.deepcopy(agent.target)
+    q_network, target = map(flatten_parameters, (agent.q_network, agent.target))
+    update = dqn.make_update(agent, FlatAdam(q_network, eps=1e-8), args)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     whole, weights = random_batch(80)
     whole = [x if x.dtype == torch.int64 else x.double() for x in whole]
-    before, initial, norms, disagreed = target.clone(), critic.clone(), [], 0
+    before, initial, norms, disagreed = target.clone(), q_network.clone(), [], 0
     for i in range(5):
         batch, weight = [x[i * 16 : i * 16 + 16] for x in whole], weights[i * 16 : i * 16 + 16]
-        metrics, error = update(critic, target, batch, weight)
+        metrics, error = update(q_network, target, batch, weight)
         obs, action, reward, discount, next_obs = batch
         next_q, online = target_network(next_obs), plain(next_obs)
         disagreed += (next_q.argmax(1) != online.argmax(1)).sum()
@@ -601,7 +601,7 @@ def test_update_equals_autograd_with_torch_optim_adam(double, dueling, loss, max
         torch.testing.assert_close(metrics, expected, rtol=1e-3, atol=1e-5)
     assert min(norms) > 0.05 and disagreed > 0 and torch.equal(target, before)
     expected = nn.utils.parameters_to_vector(plain.parameters())
-    assert (critic - expected).norm() < 1e-3 * (critic - initial).norm()
+    assert (q_network - expected).norm() < 1e-3 * (q_network - initial).norm()
 
 
 @needs_compiler
@@ -611,15 +611,15 @@ def test_compiled_updates_equal_eager_ones_and_compile_once():
     for wrap in (lambda update, *_: update, compute.compile_function):
         args = dqn.Args(learning_rate=1e-3, max_grad_norm=1.0, **ALL)
         agent = make_agent(**ALL)
-        critic, target = map(flatten_parameters, (agent.critic, agent.target))
-        update = wrap(dqn.make_update(agent, FlatAdam(critic, eps=1e-8), args), args, CPU)
+        q_network, target = map(flatten_parameters, (agent.q_network, agent.target))
+        update = wrap(dqn.make_update(agent, FlatAdam(q_network, eps=1e-8), args), args, CPU)
         torch._dynamo.utils.counters.clear()
         whole, weights = random_batch(96)
         for i in range(12):
             batch, weight = [x[i * 8 : i * 8 + 8] for x in whole], weights[i * 8 : i * 8 + 8]
-            metrics = update(critic, target, batch, weight)
-            target.lerp_(critic, 0.1)
-        results.append((critic, *metrics))
+            metrics = update(q_network, target, batch, weight)
+            target.lerp_(q_network, 0.1)
+        results.append((q_network, *metrics))
     assert args.compile and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
@@ -650,10 +650,10 @@ class Record:
         learn = dqn.Replay.update_priorities
 
         def make_update(agent, optimizer, args):
-            def update(critic, target, batch, weight):
+            def update(q_network, target, batch, weight):
                 self.log.append("u")
                 self.targets.append(round(1e3 * target[0].item()))
-                critic.fill_(1e-3 * self.log.count("u"))  # the network's number
+                q_network.fill_(1e-3 * self.log.count("u"))  # the network's number
                 assert weight is self.drawn[-1][1]
                 return torch.tensor([1.0, 2.0]), torch.arange(args.batch_size)
 
@@ -783,7 +783,7 @@ def test_exploration_is_uniform_and_the_rest_greedy(monkeypatch, epsilon):
     run_dir = dqn.train(dqn.Args(**options | {"learning_starts": 4000}))
     obs, actions = (np.concatenate(x) for x in zip(*record.acted))
     with torch.no_grad():
-        q = dqn.load_agent(run_dir).critic(torch.from_numpy(obs))
+        q = dqn.load_agent(run_dir).q_network(torch.from_numpy(obs))
     greedy = q.argmax(1).numpy() - 1  # as the space begins at -1
     ranks = (actions - greedy) % 3
     share = epsilon / 3
@@ -803,7 +803,7 @@ def test_it_acts_with_the_epsilon_of_the_schedule(monkeypatch):
     run_dir = dqn.train(dqn.Args(**options))  # which learns nothing
     obs, actions = (np.concatenate(x) for x in zip(*record.acted))
     with torch.no_grad():
-        q = dqn.load_agent(run_dir).critic(torch.from_numpy(obs))
+        q = dqn.load_agent(run_dir).q_network(torch.from_numpy(obs))
     explored = actions != q.argmax(1).numpy() - 1  # as the space begins at -1
     for quarter in range(4):  # of the half in which epsilon falls; 2 of 3 random actions show
         share = explored[quarter * 500 : (quarter + 1) * 500].mean()
@@ -988,7 +988,7 @@ def test_value_at_time_limits(end, n_step, expected):
     for t in range(len(expected)):
         stacks[t, 3 - t :] = 200
     with torch.no_grad():
-        values = agent.critic(stacks)
+        values = agent.q_network(stacks)
     np.testing.assert_allclose(values, np.transpose([expected] * 2), rtol=0.2)  # other seeds: 0.1
 
 
@@ -1025,8 +1025,8 @@ def test_loss_gone_wrong_stops_the_run(capsys, prioritized):
 
 def test_weights_gone_wrong_after_finite_losses_stop_the_run(capsys, monkeypatch):
     def make_update(*_):
-        def update(critic, *_):
-            critic.fill_(math.nan)
+        def update(q_network, *_):
+            q_network.fill_(math.nan)
             return torch.ones(2), torch.zeros(8)
 
         return update

@@ -64,7 +64,12 @@ def test_every_network_of_the_scripts_is_one_whose_last_layer_does_not_round():
         ((5,), ppo_discrete, buttons, "actor critic"),
         ((4, 84, 84), ppo_discrete, buttons, "actor critic"),
         ((5,), sac_continuous, box, "actor critic target"),
-        ((4, 84, 84), dqn_atari, buttons, "critic.advantage critic.state_value target.advantage"),
+        (
+            (4, 84, 84),
+            dqn_atari,
+            buttons,
+            "q_network.advantage q_network.state_value target.advantage",
+        ),
     ):
         options = {"dueling": True} if script is dqn_atari else {}
         agent = script.Agent(shape, action_space, script.Args(**options))
