@@ -473,6 +473,8 @@ def test_a_run_is_finished_once_its_last_step_is_evaluated(
     result = results.read_run(Path("r"))
     last = {"step": evaluated, "return": 8.0}
     assert result.config.get("evaluation") == (last if finished else None)
+    every = [[200, 9.0], [evaluated, 8.0]]
+    assert result.config.get("evaluations") == (every if finished else None)
     assert [x.tolist() for x in (result.steps, result.returns, result.lengths)] == [[100], [7], [9]]
     shutil.copytree("r", "runs/a")  # a folder that was set aside is nobody's run
     shutil.copytree("r", "runs/a" + results.UNUSABLE)
@@ -1201,6 +1203,26 @@ def test_torchrl_is_beside_ppo_continuous_with_the_readmes_settings_of_its_tutor
     words = command.replace("\\", " ").split()[2:]
     whole, part = (vars(tyro.cli(ppo.Args, args=x)) for x in (words, speed.TUTORIAL.split()))
     assert {x for x in whole if whole[x] != part[x]} == {"env_id", "num_steps", "total_timesteps"}
+    source = (ROOT / "benchmarks" / "peer_torchrl.py").read_text()
+    numbers = re.search(
+        "^MINIBATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_GRAD_NORM = (.*)", source, re.M
+    )
+    names = "minibatch_size", "update_epochs", "learning_rate", "max_grad_norm"
+    assert [float(x) for x in numbers[1].split(", ")] == [part[name] for name in names]
+    assert f"GAE(gamma={part['gamma']}, lmbda={part['gae_lambda']}," in source
+
+
+def test_a_measurement_that_is_told_to_end_leaves_no_process(monkeypatch):
+    def clock(*_):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+
+    monkeypatch.setattr(speed, "clock_script", clock)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):  # by which subprocess.run kills its child
+            speed.speed(repeats=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_torchrl_on_the_cpu_is_not_compared_with_a_gpu(monkeypatch, capsys):
@@ -1432,6 +1454,42 @@ def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is
     assert (folder / "2.1.unusable").is_dir() and not (folder / "2.csv").exists()
 
 
+def test_a_run_that_was_killed_is_said_to_be():
+    job = run.Job(*TINY.runs[0], 1, Path("runs/tiny"))
+    job.process = subprocess.Popen(["sh", "-c", "kill -9 $$"])
+    job.process.wait()
+    job.poll()
+    assert (job.state, job.error) == ("failed", "SIGKILL: ")
+
+
+def test_a_suite_under_nohup_outlives_its_terminal(monkeypatch):
+    def start(job, _):
+        signal.raise_signal(signal.SIGHUP)
+        job.state = "finished"
+
+    monkeypatch.setattr(run.Job, "start", start)
+    jobs = [run.Job(*TINY.runs[0], seed, Path("runs/tiny")) for seed in (1, 2)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run.work(jobs, 1, 1, run.Screen()) == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [job.state for job in jobs] == ["finished"] * 2
+
+
+def test_what_is_said_beside_the_table_stays(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "9")
+    monkeypatch.setenv("LINES", "3")
+    screen = run.Screen()
+    screen.live = True
+    screen.show(["a" * 20, "b", "c"])
+    screen.say("failed")
+    screen.show(["d"])
+    screen.show(["e"])
+    told = "aaaaaaaaa\nb\n\x1b[2F\x1b[Jfailed\nd\n\x1b[1F\x1b[Je\n"
+    assert capsys.readouterr().out == told
+
+
 def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys):
     started, alive, most, flags = [], [], 0, None
     memory_there_is = run.available_memory
@@ -1458,6 +1516,8 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     started.clear()
     run.run("ppo_discrete", ("Mine-v0",), seeds=1, flags="--gamma 0.9")
     assert started == [("Mine-v0", 1)] and flags == ["--gamma", "0.9"]
+    (job,) = run.select("dqn_atari", ("ALE/Pong-v5",), 1, 1, "", "--checkpoint-every 5", Path("r"))
+    assert job.flags == [*suites.EXACT.split(), "--checkpoint-every", "5"]  # the last one counts
     started.clear()
     run.run("ppo_discrete", ("Acrobot-v1",), first_seed=4, workers=2)
     assert started == [("Acrobot-v1", seed) for seed in (4, 5)]
@@ -1506,8 +1566,10 @@ def test_what_died_before_its_first_checkpoint_is_begun_anew(monkeypatch):
 def test_a_copy_is_run_in_place_of_a_script_and_what_another_version_made_is_kept(
     monkeypatch, capsys, undisturbed
 ):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     Path("mine.py").write_text("""import sys
 if "--resume" in sys.argv:
+    print("what is said before the error comes before it in the log")
     print("error: checkpoint.pt has version 6; this code reads version 7", file=sys.stderr)
     raise SystemExit(2)
 print("done: True\\ndone:", sys.argv[-1] if sys.argv[-1][-1] == "1" else "it")

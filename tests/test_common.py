@@ -802,6 +802,15 @@ def test_a_renderer_that_fails_is_noticed_before_the_training(
     assert line.startswith(f"error: Undrawn-v0 cannot be drawn here: {why}")
 
 
+@pytest.mark.filterwarnings("ignore:.*is being initialised with render_mode")
+def test_what_cannot_be_shown_in_a_window_is_said_in_one_line(capsys):
+    args = Args(env_id="toy_envs:Counter-truncated-v0", render=True)  # which takes no render_mode
+    with pytest.raises(SystemExit, match="2"):
+        envs.check_spaces(args, gym.spaces.Box, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Counter-truncated-v0 cannot be drawn here: " in line
+
+
 def test_mujoco_that_cannot_be_drawn_says_which_package_would_do_it(monkeypatch, capsys):
     monkeypatch.delenv("DISPLAY", raising=False)
     order, make_env = [], envs.make_env
@@ -821,6 +830,11 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
+    for error in (RuntimeError("unable to mmap 7 bytes"), OSError(19, "No such device")):
+        with monkeypatch.context() as patch:  # that it cannot be mapped is no failed save
+            patch.setattr(torch, "load", mock.Mock(side_effect=error))
+            save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.ones(4)})
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["x"].sum() == 4
     save_checkpoint(tmp_path / "checkpoint.pt", {"x": torch.ones(3)})
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
         torn = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos\nframe #0")
@@ -1040,10 +1054,13 @@ def test_what_two_scripts_both_have_is_written_in_one_way():
 @pytest.mark.parametrize("script", [ppo_continuous, ppo_discrete, sac_continuous, dqn_atari])
 def test_every_number_has_a_range(script, capsys):
     may_be_0 = "seed checkpoint_every eval_every learning_starts num_threads".split()
+    shares = "gamma gae_lambda tau start_e end_e eval_e exploration_fraction".split()
+    shares += ["sticky_actions", "priority_beta"]
     for field in dataclasses.fields(script.Args):
         if re.search(r"\b(int|float)\b", str(field.type)):
             several, integer = "tuple" in str(field.type), "int" in str(field.type)
-            for wrong in [-1] + [0] * (integer and field.name not in may_be_0):
+            wrongs = [-1] + [0] * (integer and field.name not in may_be_0)
+            for wrong in wrongs + [1.5] * (field.name in shares):
                 given = {field.name: (wrong,) if several else wrong}
                 with pytest.raises(SystemExit):
                     arguments.check_ranges(dataclasses.replace(script.Args(), **given))

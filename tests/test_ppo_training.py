@@ -303,6 +303,7 @@ def test_a_run_says_little_and_how_many_steps_it_makes(ppo, capsys):
     ppo.train(ppo.Args(env_id=env_id, total_timesteps=700, **SHORT))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 10 and "640 steps, seed 1" in lines[0]
+    assert any(line.endswith("return 3.0 (last 100)") for line in lines)
 
 
 def test_on_a_terminal_a_bar_shows_speed_time_left_and_recent_returns(tmp_path):

@@ -543,12 +543,16 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     train(args)
     before = load_checkpoint("r/checkpoint.pt")
     more = dataclasses.replace(args, resume="r", total_timesteps=1536)
-    for change in ({}, {"wandb_entity": "me"}):
+    monkeypatch.setitem(sys.modules, "wandb", mock.Mock())
+    changes = {"wandb_entity": "me", "wandb_project_name": "p", "track": True}
+    for count in range(4):  # one more each time
+        change = dict(list(changes.items())[:count])
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
             train(dataclasses.replace(more, **change), load_checkpoint("r/checkpoint.pt"))
     after = load_checkpoint("r/checkpoint.pt")
-    assert after["args"].pop("wandb_entity") == "me" and not before["args"].pop("wandb_entity")
+    for name, value in changes.items():
+        assert after["args"].pop(name) == value != before["args"].pop(name)
     assert after["args"].pop("total_timesteps") == 1536 != before["args"].pop("total_timesteps")
     assert_same(after | {"args": None}, before | {"args": None})
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--resume", "r"])
@@ -556,6 +560,20 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 1536
     steps = [step for step, _ in scalars(Path("r"))["eval/episodic_return"]]
     assert steps == [512, 1536]
+
+
+def test_the_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    train(args)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    more = dataclasses.replace(args, resume="r", total_timesteps=128)
+    train(more, load_checkpoint("r/checkpoint.pt"))
+    assert " 128/128 " in sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize("name", [{"exp_name": "x" * 300}, {"run_dir": "runs/" + "x" * 300}])

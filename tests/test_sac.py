@@ -151,6 +151,9 @@ def test_acting_equals_the_policy_in_training_and_deterministically_its_mean():
     assert to_numpy(agent.sample, sac.Args(compile=False), obs, noise).__name__ == "untraced"
     act = to_numpy(agent.sample, agent.args, obs, noise)
     assert act.__name__ == "traced"
+    for sample in (agent.sample, act):  # as of weights gone wrong
+        env_action = np.asarray(sample(torch.full_like(obs, math.nan), noise)[1])
+        assert np.array_equal(env_action, np.broadcast_to(BOX.low, env_action.shape))
     stored, env_action = act(obs, noise)
     np.testing.assert_allclose(stored, action, rtol=1e-4, atol=1e-5)
     half = (BOX.high - BOX.low) / 2
