@@ -544,7 +544,7 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     before = load_checkpoint("r/checkpoint.pt")
     more = dataclasses.replace(args, resume="r", total_timesteps=1536)
     monkeypatch.setitem(sys.modules, "wandb", mock.Mock())
-    changes = {"wandb_entity": "me", "wandb_project_name": "p", "track": True}
+    changes = {"wandb_entity": "me", "track": True, "wandb_project_name": "p"}
     for count in range(4):  # one more each time
         change = dict(list(changes.items())[:count])
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
