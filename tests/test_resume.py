@@ -269,6 +269,20 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
     assert "done: r" in out and "±" in out
 
 
+def test_a_script_whose_output_nobody_reads_any_more_saves_and_ends(tmp_path):
+    options = SHORT | {"total_timesteps": 10**9, "anneal_lr": False, "run_dir": "r"}
+    words = command(ROOT / "ppo_continuous.py", *flags(env_id="Pendulum-v1", **options))
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, cwd=tmp_path, **streams)
+    try:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 128 + signal.SIGPIPE
+    finally:
+        process.kill()
+    assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] > 0
+
+
 @pytest.mark.parametrize("read_once, compiled", [(False, False), (True, False), (True, True)])
 def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, read_once, compiled):
     """Also where that it compiles is what nobody reads first."""
@@ -550,6 +564,8 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
             train(dataclasses.replace(more, **change), load_checkpoint("r/checkpoint.pt"))
+        kept = load_checkpoint("r/checkpoint.pt")["args"]
+        assert {name: kept[name] for name in change} == change
     after = load_checkpoint("r/checkpoint.pt")
     for name, value in changes.items():
         assert after["args"].pop(name) == value != before["args"].pop(name)
