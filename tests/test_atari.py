@@ -311,7 +311,8 @@ def test_training_tells_the_three_ends_apart(monkeypatch):
         _, targets = result = estimate(agent, rollout, values, args)
         nexts, rewards = [], []
         for t, action in enumerate(rollout.actions):
-            assert np.array_equal(rollout.obs[t], obs)
+            assert np.array_equal(rollout.obs[t], obs) and rollout.obs.dtype == torch.uint8
+            assert rollout.obs[t].is_contiguous(memory_format=torch.channels_last)
             obs, reward, terminated, truncated, infos = twin.step(action)
             over, truncated = infos["over"], truncated & ~terminated
             assert rollout.rewards[t].tolist() == np.sign(reward).tolist()
@@ -410,6 +411,7 @@ def test_evaluation_plays_whole_games():
             steps.append((obs, reward, terminated))
         assert lost == 4 and game.games[0].episode[0] == 1
         games.append(steps)
+        assert np.array_equal(game.reset(seed=seed)[0], steps[0])  # whatever was played before
     assert_same(games[0], games[1])
     assert not np.array_equal(games[0][0], games[2][0])
 

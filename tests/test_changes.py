@@ -121,7 +121,10 @@ def test_agents_are_evaluated_as_such(script, options, monkeypatch):
     assert len(modes) > 1 and not any(map(any, modes))
     (agent,) = agents
     assert [x for x in agent.modules() if not x.training] == [agent.frozen]
-    assert not script.load_agent("r").training
+    agent = script.load_agent("r")
+    assert not agent.training and all(x.requires_grad for x in agent.parameters())
+    a, b, *_ = (getattr(agent, "q_network", None) or agent.actor).parameters()
+    assert b.data_ptr() == a.data_ptr() + a.nbytes  # one vector, as in training
 
 
 def test_dropout_is_off_in_evaluations_and_they_repeat_themselves(monkeypatch):

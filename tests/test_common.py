@@ -36,7 +36,7 @@ import sac_continuous
 from common import arguments, compute, envs, failing, provenance, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.compute import to_numpy
-from common.seeding import STREAMS, Streams, stream_seed
+from common.seeding import STREAMS, Streams, seed_process, stream_seed
 from common.tensors import bounds, flatten_parameters, functional
 from ppo_continuous import Args
 
@@ -311,6 +311,30 @@ def test_environments_reset_in_the_step_that_ends_an_episode(vectorization, end)
     environments.close()
 
 
+def test_spaces_may_be_properties():
+    assert make("toy_envs:Fixed-v0").obs.shape == (2, 1)
+
+
+def test_games_and_processes_step_in_the_background():
+    environments = make("CartPole-v1", vectorization="async")
+    environments.send(np.zeros(2, np.int64))
+    assert environments.vector_env._state.value == "step"
+    environments.recv()
+    environments.close()
+    games = envs.Environments(ppo_discrete.Args(env_id="ALE/Breakout-v5", num_envs=1))
+    games.send(np.zeros(1, np.int64))
+    assert len(games.vector_env.actions[0]) == 1  # begun
+    games.recv()
+
+
+def test_workers_can_be_ended_though_they_heed_no_signal():
+    workers = make("CartPole-v1", vectorization="async").vector_env.processes
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
+
+
 def test_finished_episodes_are_all_that_terminated_or_were_truncated():
     """Against sums over slices of the same rewards; read in uneven pieces."""
     environments = make("toy_envs:Shaped-v0", num_envs=3)
@@ -330,6 +354,21 @@ def test_finished_episodes_are_all_that_terminated_or_were_truncated():
             begin = t + 1
     expected.sort(key=lambda x: x[:2])
     assert got == [(total, length, (t + 1) * 3) for t, n, total, length in expected]
+
+
+def test_cudas_generator_is_seeded_when_a_run_begins_and_not_by_evaluations(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Streams(1, (), torch.device("cpu"))
+    assert seeded == [stream_seed(1, "init")]
+    seed_process(1)
+    assert len(seeded) == 1
+
+
+def test_a_seed_means_what_it_meant():
+    """Else no run made before would find its episodes again."""
+    assert (stream_seed(1, "env", 2, 3), stream_seed(0, "numpy")) == (3582361221, 23012616)
+    assert STREAMS[2:6] == ("action", "minibatch", "replay", "eval")
 
 
 def test_streams_of_neighbouring_seeds_are_disjoint():
@@ -593,6 +632,7 @@ def test_what_is_compiled_twice_in_a_process_keeps_what_it_closes_over(monkeypat
             for got, expected in compiled:
                 torch.testing.assert_close(got(x, number), expected(x, number))
     assert sum("guard_filter_fn" in x for x in options) == 2  # which is what could confuse them
+    assert all(x["cpp_wrapper"] for x in options)
     assert capsys.readouterr().out == "compiling <lambda>\n" * 2  # once for each
 
 

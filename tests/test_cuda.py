@@ -121,8 +121,12 @@ def test_the_options_for_cuda_are_known_to_the_compiler(monkeypatch):
     zeros, args = torch.zeros, ppo_continuous.Args()
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, *_, **__: module)
+    seen, compile_ = [], torch.compile
+    spy = lambda f, **x: (seen.append(dict(x["options"])), compile_(f, **x))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "compile", spy)
     compute.compile_function(lambda x: x, args, torch.device("cuda"))
     assert args.compile
+    assert seen == [{"shape_padding": False, "dynamic_scale_rblock": False}]  # nothing by timing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

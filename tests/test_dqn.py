@@ -140,7 +140,9 @@ def check_against(naive: Naive, replay: dqn.Replay) -> None:
     if not where:
         return
     indices = torch.tensor([row % size * num_envs + n for row, n in where])
-    got = [x.numpy() for x in replay.batch(indices)]
+    batch = replay.batch(indices)
+    assert all(batch[i].is_contiguous(memory_format=torch.channels_last) for i in (0, 4))
+    got = [x.numpy() for x in batch]
     expected = [np.array(x) for x in zip(*(naive.transition(*x) for x in where))]
     for i in (0, 1):  # observations and actions
         np.testing.assert_array_equal(got[i], expected[i])
@@ -845,7 +847,10 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     assert "no replay kept: inexact, learns from step 240 of 400\n" in out
     assert out.count("no replay kept") == 1  # and not when a run begins
     assert "".join(record.log) == "s" * 10 + "su" * 40
-    assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 400
+    ended = load_checkpoint(Path("r/checkpoint.pt"))
+    assert ended["global_step"] == 400
+    dqn.train(dataclasses.replace(args, resume="r"), ended | {"finished": False})
+    assert "no replay kept" not in capsys.readouterr().out  # only its evaluation was left
 
 
 def test_losses_are_logged_as_their_means_since_the_last_log(monkeypatch):

@@ -51,6 +51,10 @@ def test_the_two_scripts_share_their_maths_to_the_letter():
     a, b = (inspect.getsource(ppo.train).splitlines() for ppo in (ppo_continuous, ppo_discrete))
     ((noise, _),) = {(x, y) for x, y in zip(a, b, strict=True) if x != y}
     assert "rollout.noise.normal_" in noise
+    a, b = (
+        inspect.getsource(ppo.check_args).splitlines() for ppo in (ppo_continuous, ppo_discrete)
+    )
+    assert a[:-1] == b[:-1]  # the last one checks the spaces
 
 
 @settings(deadline=None, max_examples=100)

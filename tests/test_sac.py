@@ -732,6 +732,9 @@ def test_without_its_replay_a_resumed_run_first_fills_a_new_one(monkeypatch, cap
     assert "no replay kept: inexact, learns from step 200 of 300\n" in out
     assert out.count("no replay kept") == 1  # and not when a run begins
     assert "".join(log) == "s" * 100 + "sc" * 100
+    ended = load_checkpoint(Path("r/checkpoint.pt")) | {"finished": False}
+    sac.train(dataclasses.replace(args, resume="r"), ended)
+    assert "no replay kept" not in capsys.readouterr().out  # only its evaluation was left
 
 
 def test_replay_begins_anew_where_an_environment_was_lost(monkeypatch, capsys):

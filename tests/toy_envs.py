@@ -265,6 +265,16 @@ class ModuleWhim(Whim):
         self.action_space, self.observation_space = WHIM.action_space, WHIM.observation_space
 
 
+class Fixed(Whim):
+    """Its spaces are the module's, and cannot be set."""
+
+    action_space = property(lambda _: WHIM.action_space)
+    observation_space = property(lambda _: WHIM.observation_space)
+
+    def __init__(self):
+        self.end, self.obs = "truncated", np.zeros(1, np.float32)
+
+
 class HeldWhim(Whim):
     """The same, but another part of it draws from the space."""
 
@@ -408,6 +418,7 @@ for cls in (
     Whim,
     SharedWhim,
     ModuleWhim,
+    Fixed,
     HeldWhim,
     Open,
     Curious,
