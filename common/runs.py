@@ -191,10 +191,12 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _untrack(self, exit_code: int) -> None:  # else later runs of this process would be logged
-        if self.args.track:
-            with contextlib.suppress(Exception):
+    def _untrack(self, exit_code: int) -> None:  # else it would log later runs of this process, too
+        try:
+            if self.args.track:
                 sys.modules["wandb"].finish(exit_code=exit_code)
+        except Exception as error:  # of a service, for which no run is to fail
+            self._say(f"--track: {error!r:.200}", sys.stderr)
 
     def _keep_config(self, config: dict, new: bool) -> None:  # or say what is not as it was kept
         path = self.dir / "config.json"

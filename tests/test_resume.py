@@ -513,7 +513,7 @@ def init(**options):
         ("raise RuntimeError('not\\nlogged in')", "not logged in"),
         ("import signal; signal.raise_signal(2)", "KeyboardInterrupt"),  # where it asks for a key
     ):
-        wandb.write_text(f"def finish(): pass\ndef init(**options):\n    {error}\n")
+        wandb.write_text(f"def finish(exit_code=None): pass\ndef init(**options):\n    {error}\n")
         words = flags(**options, run_dir="c", track=True)
         done = run("ppo_continuous.py", *words, cwd=tmp_path, check=False)
         assert done.returncode == 2 and done.stderr == f"error: --track: {said}\n"
@@ -523,7 +523,7 @@ def init(**options):
     assert load_checkpoint(tmp_path / "a/r/checkpoint.pt")["global_step"] == 320
 
 
-def test_a_tracked_run_has_failed_only_if_it_failed(monkeypatch):
+def test_a_tracked_run_has_failed_only_if_it_failed(monkeypatch, capsys):
     """And ends at once, also where it ends before its first step."""
     wandb, to_come, step = mock.Mock(), [signal.SIGINT], envs.Environments.step
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -546,6 +546,10 @@ def test_a_tracked_run_has_failed_only_if_it_failed(monkeypatch):
     before, ends = wandb.finish.call_args_list[::2], wandb.finish.call_args_list[1::2]
     assert before == 3 * [mock.call()]
     assert ends == [mock.call(exit_code=code) for code in (1, 0, 1)]
+    wandb.finish.side_effect = [None, ConnectionError("no network")]  # which no run is to fail for
+    train(Args(env_id="Pendulum-v1", run_dir="whole", **options | {"total_timesteps": 64}))
+    said = capsys.readouterr()
+    assert "--track: ConnectionError('no network')\n" in said.err and "done: whole" in said.out
 
 
 def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
