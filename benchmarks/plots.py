@@ -86,9 +86,10 @@ def _axes(count: int) -> tuple:
 
 def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
     """Save a picture that says which results it was drawn from."""
-    description = {"Software": None, "Description": digest(by_env)}
-    options = {"metadata": description} if path.suffix == ".png" else {}
     with failing(f"{path} cannot be written", OSError, ValueError):
+        path = path if path.suffix else path.with_suffix(".png")  # as Matplotlib does
+        description = {"Software": None, "Description": digest(by_env)}
+        options = {"metadata": description} if path.suffix == ".png" else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=220, bbox_inches="tight", **options)
     _pyplot().close(figure)
@@ -327,13 +328,15 @@ def unlike(a: list[Result], b: list[Result]) -> str:
     """
     configs = [side[0].config for side in (a, b)]
     args = [config["args"] | {"script": config["script"]} for config in configs]
-    args = [x | {"minibatch": results.minibatch_size(x)} for x in args]
+    sizes = [results.minibatch_size(x) or "-" for x in args]
+    args = [x | {"minibatch": size} for x, size in zip(args, sizes)]
     names = sorted((args[0].keys() | args[1].keys()) - results.LIKE)
     pairs = [(name, *(str(side.get(name, "-")) for side in args)) for name in names]
     newer = {"-", "False"}, {"-", "None"}
     told = [f"{x} {y} and {z}" for x, y, z in pairs if y != z and {y, z} not in newer]
     one, other = made_with(a), made_with(b)
-    made = [f"{x} {one[x]} and {other.get(x)}" for x in one if one[x] != other.get(x)]
+    pairs = [(x, one.get(x), other.get(x)) for x in one | other]
+    made = [f"{name} {x} and {y}" for name, x, y in pairs if x != y]
     return ("; ".join(told) or "the same arguments") + f" ({', '.join(made)})" * bool(made)
 
 
@@ -342,7 +345,7 @@ def made_with(side: list[Result]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for config in (result.config for result in side):
         commit = re.sub(r"^(\w{7})\w*", r"\1", str(config.get("commit")))
-        if commit.endswith("-dirty") and "code" in config:  # it may be any
+        if commit.endswith(("-dirty", "None")) and "code" in config:  # it may be any
             commit += f" {config['code']}"
         for name, value in ({"commit": commit} | config.get("versions", {})).items():
             found.setdefault(name, set()).add(value)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tyro.conf import Positional
 
 from benchmarks.suites import SUITES
-from common import fail, failing
+from common import atari, fail, failing
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was resumed is no warning
 FOLDER = Path(__file__).parent / "results"
@@ -32,6 +32,7 @@ FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called
 LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
 LIKE |= {"eval_every", "eval_episodes", "eval_e", "capture_video", "resume", "evaluate", "render"}
 LIKE |= {"track", "wandb_project_name", "wandb_entity", "minibatch_size", "num_minibatches"}
+LIKE |= {"env_id"}  # there are results by environment, and games have two names
 
 
 class Result(NamedTuple):
@@ -140,15 +141,15 @@ def _find(path: Path) -> dict[Path, Result]:
 
 
 def read_folder(path: Path) -> dict[str, list[Result]]:
-    """Return the results below `path` by environment, ordered by seed.
+    """Return the results below `path` by environment (games as `ALE/Pong-v5`), ordered by seed.
 
     It may be a folder of results (SUITE, SUITE/ENV), where `run` put a suite, a single CSV file, a
     run folder, or a folder of run folders, where unfinished ones count too. Runs of an environment
     are to be seeds of one thing.
     """
     found = sorted(_find(path).values(), key=lambda result: result.config["args"]["seed"])
-    env_ids = sorted({result.config["args"]["env_id"] for result in found})
-    by_env = {x: [r for r in found if r.config["args"]["env_id"] == x] for x in env_ids}
+    named = [(_environment(result.config["args"]["env_id"]), result) for result in found]
+    by_env = {x: [r for name, r in named if name == x] for x in sorted({x for x, _ in named})}
     for env_id, same in by_env.items():
         scripts, args = {x.config["script"] for x in same}, [x.config["args"] for x in same]
         known: dict = {}
@@ -164,10 +165,17 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     return by_env
 
 
+def _environment(env_id: str) -> str:
+    game = atari.find_game(env_id)  # by any of its names
+    return f"ALE/{game.title().replace('_', '')}-v5" if game else env_id
+
+
 def minibatch_size(args: dict) -> int | None:
     """Return PPO's samples in a minibatch, by whichever argument they were given."""
-    samples = args.get("num_envs", 1) * args.get("num_steps", 0)
-    return args.get("minibatch_size") or samples // args.get("num_minibatches", 1)
+    if "num_minibatches" not in args:
+        return None
+    samples = args["num_envs"] * args["num_steps"]
+    return args.get("minibatch_size") or samples // args["num_minibatches"]
 
 
 def write(result: Result, path: Path) -> None:
@@ -316,7 +324,7 @@ def published(config: dict) -> Published | None:
 
 def _name(env_id: str) -> str:
     """Return `Breakout` of both `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4`."""
-    return re.sub(r"^ALE/|(NoFrameskip)?-v\d+$", "", env_id)
+    return re.sub(r"-v\d+$", "", _environment(env_id).removeprefix("ALE/"))
 
 
 def table(suite: Positional[str] = "ppo_continuous") -> None:

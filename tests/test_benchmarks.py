@@ -840,6 +840,9 @@ def test_compare_tells_a_faster_learner_where_both_reach_the_most(capsys):
     sides[1].config["args"]["new_flag"] = 1
     sides[1].config["args"] |= {"bf16": False, "target": None}  # off where the other has none
     assert plots.unlike(*([x] for x in sides)) == "minibatch 2 and 4; new_flag - and 1"
+    del sides[1].config["args"]["num_minibatches"]  # as SAC's
+    assert plots.unlike(*([x] for x in sides)).startswith("minibatch 2 and -; ")
+    sides[1].config["args"]["num_minibatches"] = 2
     for result, commit, version in zip(sides, "ab", ("3.3.0", "3.15.0")):
         result.config.update(commit=commit * 40 + "-dirty", versions={"mujoco": version})
         result.config["args"] = sides[0].config["args"]
@@ -858,6 +861,22 @@ def test_compare_tells_a_faster_learner_where_both_reach_the_most(capsys):
     assert "Nothing of short was compared with slow.\n" in capsys.readouterr().out
 
 
+def test_games_have_one_name_in_results(capsys):
+    pytest.importorskip("matplotlib")
+    for i, name in enumerate(("PongNoFrameskip-v4", "ALE/Pong-v5", "PongDeterministic-v4")):
+        result = make_result(name, seed=i, level=10.0 + i, total=10_000_000)
+        result.config["script"] = "ppo_discrete"
+        write_result(result, Path("either" if i < 2 else "other"))
+    assert [len(x) for x in results.read_folder(Path("either")).values()] == [2]
+    plots.compare(Path("either"), Path("other"), Path("pong"))
+    assert "ALE/Pong-v5: the same arguments\n" in capsys.readouterr().out
+    assert_picture(Path("pong.png"))  # Matplotlib's ending
+    scores, missing = plots.normalised(results.read_folder(Path("other")))
+    score = (result.last().mean() + 20.3) / (20.36 + 20.3)
+    assert scores["ALE/Pong-v5"] == pytest.approx(score, abs=0.01)
+    assert not missing and results.published(result.config).label == "CleanRL"
+
+
 def test_runs_that_are_unlike_are_not_compared(suite, capsys):
     half = make_result("Hopper-v5", 2)
     del half.config["evaluation"]
@@ -868,6 +887,11 @@ def test_runs_that_are_unlike_are_not_compared(suite, capsys):
         result.config.update(commit="1234567890-dirty", code=code)
     told = plots.unlike(*([result] for result in changed))
     assert told == "the same arguments (commit 1234567-dirty 0a1b2c and 1234567-dirty 3d4e5f)"
+    for result in changed:  # nor what was run where there is no git
+        result.config.update(commit=None, versions={})
+    changed[1].config["versions"] = {"ale-py": "0.12"}
+    told = plots.unlike(*([result] for result in changed))
+    assert told == "the same arguments (commit None 0a1b2c and None 3d4e5f, ale-py None and 0.12)"
     assert plots.judge([whole], [half]) == unfinished
     empty = [("not compared", "1 of 2 runs had no episode")]
     assert plots.judge([make_result("Hopper-v5", episodes=0)], [whole]) == empty
