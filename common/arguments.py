@@ -14,22 +14,21 @@ import torch
 import tyro
 
 from common import atari, fail, failing
-from common.runs import ASKED, leave, load_run
+from common.runs import ASKED, KEPT, leave, load_run
 
 # what may be given anew; everything else comes from the run
-EITHER = {"eval_episodes", "eval_e", "capture_video"}
-ANEW = {"evaluate": EITHER | {"render"}}
-ANEW["resume"] = EITHER | {"total_timesteps", "checkpoint_every", "eval_every"}
-ANEW["resume"] |= {"track", "wandb_project_name", "wandb_entity"}
+ANEW = {"resume": KEPT, "evaluate": {"eval_episodes", "eval_e", "capture_video", "render"}}
 # arguments with a schedule over the whole run, which then cannot be made longer
 SCHEDULES = ("anneal_lr", "exploration_fraction", "prioritized")
 # what a number must be, by its name
 RANGES = {
     (1, math.inf, "at least 1"): "total_timesteps num_envs num_steps num_minibatches "
-    "minibatch_size update_epochs eval_episodes hidden_sizes buffer_size batch_size n_step "
-    "policy_frequency target_network_frequency train_frequency log_every",
+    "minibatch_size update_epochs eval_episodes buffer_size n_step policy_frequency "
+    "target_network_frequency train_frequency log_every",
     (0, math.inf, "at least 0"): "seed checkpoint_every eval_every clip_coef ent_coef vf_coef "
-    "learning_starts num_threads priority_alpha",
+    "learning_starts priority_alpha",
+    (0, 1024, "from 0 to 1024"): "num_threads",
+    (1, 10**5, "from 1 to 100000"): "hidden_sizes batch_size",
     (0, 1, "from 0 to 1"): "gamma gae_lambda tau start_e end_e eval_e exploration_fraction "
     "sticky_actions priority_beta",
     (1e-12, math.inf, "above 0"): "learning_rate policy_lr q_lr max_grad_norm target_kl utd_ratio "
@@ -38,6 +37,7 @@ RANGES = {
 # flags that have no effect without another
 EFFECTIVE_WITH = {"lr_schedule": "anneal_lr", "alpha": "no_autotune"}
 EFFECTIVE_WITH |= {"priority_alpha": "prioritized", "priority_beta": "prioritized"}
+EFFECTIVE_WITH |= {"wandb_project_name": "track", "wandb_entity": "track"}
 
 
 def flag(name: str) -> str:
@@ -118,9 +118,9 @@ def parse_args(args_class: type, script: str, atari_defaults: dict | None = None
         fail(f"{flag(mode)} takes {refused} from the run; it accepts only {allowed}")
     if args.render and args.capture_video:
         fail("--render and --capture-video exclude each other")
+    checkpoint = load_run(run_dir, script)
     if mode == "resume" and Path(run_dir).is_file():
         fail(f"--resume {run_dir}: takes the run's folder")
-    checkpoint = load_run(run_dir, script)
     if mode == "evaluate" and checkpoint["device"] == "cuda" and not torch.cuda.is_available():
         print("trained on CUDA, evaluated on the CPU: it rounds differently")
         checkpoint["device"] = "cpu"

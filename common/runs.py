@@ -26,7 +26,9 @@ from common import atari, compute, envs, fail, failing, provenance, say
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 ASKED = signal.SIGINT, signal.SIGTERM  # not SIGHUP: a closing terminal may send it twice
-KEPT = "total_timesteps", "track", "wandb_project_name", "wandb_entity"  # if --resume changes them
+# what --resume may be given anew, and a run then keeps
+KEPT = {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "capture_video"}
+KEPT |= {"checkpoint_every", "eval_every", "eval_episodes", "eval_e"}
 MISFIT = "does not fit the script or environment as it is now"  # one of them was edited, say
 
 
@@ -35,8 +37,10 @@ def load_run(run_dir: str | Path, script: str, name: str = "checkpoint.pt") -> d
 
     `run_dir` may also be a checkpoint file, as r/best.pt.
     """
-    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir, name)
-    if not path.is_file():
+    with failing(f"{run_dir} is not a run folder", OSError):  # as it may not be entered
+        path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir, name)
+        known = path.is_file()
+    if not known:
         young = ", or not evaluated yet" * ("best.pt" in path.parts)
         fail(f"{run_dir} is not a run folder{young}: it has no {name}")
     checkpoint = load_checkpoint(path)
@@ -61,7 +65,7 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     where = Path(args.evaluate)
     first = 10**6 * (where.is_file() and where.name != "checkpoint.pt")  # others than chose it
     folder = where.parent if where.is_file() else where
-    print(describe(*envs.play(agent.act, args, folder, first)))
+    say(describe(*envs.play(agent.act, args, folder, first)))
 
 
 def leave(number: int, _frame=None) -> NoReturn:
@@ -125,7 +129,7 @@ class Run:
         if self.step > last_step:
             fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
         if history["finished"] and self.step == last_step:
-            print(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
+            say(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         if checkpoint:  # popped: no replay in memory twice; users' envs raise their own
             parts["envs"].load_state_dict(checkpoint.pop("envs"))
@@ -150,7 +154,7 @@ class Run:
             self._introduce()
             if checkpoint is None:
                 self.save(0)
-            elif any(checkpoint["args"][x] != getattr(args, x) for x in KEPT):  # also after a kill
+            elif any(history["args"].get(x) != getattr(args, x, None) for x in KEPT):  # for a kill
                 save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
         except BaseException:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk

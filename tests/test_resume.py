@@ -35,7 +35,7 @@ import sac_continuous as sac
 from common import arguments, compute, envs, fail, runs
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.tensors import ReturnStatistics
-from ppo_continuous import Args, train
+from ppo_continuous import Args, check_args, load_agent, train
 
 SHORT = {"num_envs": 1, "num_steps": 64, "num_minibatches": 4, "update_epochs": 2}
 SHORT |= {"eval_episodes": 2, "compile": False}
@@ -308,6 +308,24 @@ def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, read_once, compiled):
     assert 0 < load_checkpoint("r/checkpoint.pt")["global_step"] < 6400
 
 
+def test_what_a_finished_run_says_may_go_unread(monkeypatch):
+    train(Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT))
+    read, write = os.pipe()
+    os.close(read)
+    for mode in ("--resume", "--evaluate"):
+        with os.fdopen(os.dup(write), "w") as pipe, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", pipe)
+            patch.setattr(sys, "argv", ["ppo_continuous.py", mode, "r"])
+            args, checkpoint = arguments.parse_args(Args, "ppo_continuous")
+            if mode == "--evaluate":
+                runs.evaluate(load_agent, args, check_args(args))
+                continue
+            with pytest.raises(SystemExit) as stopped:
+                train(args, checkpoint)
+            assert stopped.value.code == 0
+    os.close(write)
+
+
 @pytest.mark.parametrize("name", ["resume", "evaluate"])
 def test_train_does_not_take_a_run_to_resume_for_a_new_one(name, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -562,8 +580,9 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     before = load_checkpoint("r/checkpoint.pt")
     more = dataclasses.replace(args, resume="r", total_timesteps=1536)
     monkeypatch.setitem(sys.modules, "wandb", mock.Mock())
-    changes = {"wandb_entity": "me", "track": True, "wandb_project_name": "p"}
-    for count in range(4):  # one more each time
+    changes = {"wandb_entity": "me", "track": True, "wandb_project_name": "p", "eval_every": 512}
+    changes |= {"eval_episodes": 3, "checkpoint_every": 700}
+    for count in range(7):  # one more each time
         change = dict(list(changes.items())[:count])
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(envs.Environments, "send", lambda *_: 1 / 0)
@@ -579,7 +598,7 @@ def test_more_steps_are_not_forgotten_by_a_kill(monkeypatch):
     train(*arguments.parse_args(Args, "ppo_continuous"))
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 1536
     steps = [step for step, _ in scalars(Path("r"))["eval/episodic_return"]]
-    assert steps == [512, 1536]
+    assert steps == [512, 1024, 1536]
 
 
 def test_the_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch):
