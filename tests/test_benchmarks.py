@@ -37,7 +37,7 @@ from common.checkpoint import load_checkpoint
 
 README, DETAILS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 MORE = "pong_1m ppo_pong_2m ppo_breakout_1m dqn_pong_1m dqn_pong_2m dqn_breakout_1m".split()
-MORE += ["dqn_pong_2m_all", "dqn_breakout_2m", "sac_halfcheetah_bf16"]
+MORE += ["dqn_pong_2m_all", "dqn_breakout_2m", "dqn_breakout_2m_one", "sac_halfcheetah_bf16"]
 COMMITTED = [name for name in (*suites.SUITES, *MORE) if (results.FOLDER / name).is_dir()]
 FLAGS = "--total-timesteps 2048 --num-steps 64 --num-minibatches 4 --update-epochs 1"
 FLAGS += " --checkpoint-every 128 --eval-episodes 1 --no-compile"
@@ -165,14 +165,28 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
     late = pong.returns[pong.steps > 1_750_000].mean()
     assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
-    words = ("longer run's games return {} on average", "and 1M the shorter one's return {} and")
+    words = ("first of these three runs return {} on average", "and 1M those of the last run return {}")
     for name, after, said in zip(("2m", "1m"), (1_750_000, 750_000), words, strict=True):
         folder = results.FOLDER / f"dqn_breakout_{name}" / "ALE-Breakout-v5"
         game = results.read_csv(folder / "1.csv")
         assert said.format(f"{game.returns[game.steps > after].mean():.1f}") in readme
-    ((played,),) = results.read_folder(results.FOLDER / "dqn_breakout_2m").values()
-    evaluated = played.config["evaluation"]["return"]
-    assert f"games of the longer run's last policy return {evaluated:.0f}." in readme
+    eight, one = (
+        results.read_csv(results.FOLDER / name / "ALE-Breakout-v5" / "1.csv")
+        for name in ("dqn_breakout_2m", "dqn_breakout_2m_one")
+    )
+
+    def between(result, first, last):
+        which = (result.steps > first) & (result.steps <= last)
+        return f"{result.returns[which].mean():.1f}"
+
+    early = [between(x, 900_000, 1_000_000) for x in (one, eight)]
+    assert "games return {} on average with one game, {} with eight.".format(*early) in readme
+    late = [between(x, 1_900_000, 2_000_000) for x in (one, eight)]
+    said = f"falls to {between(one, 1_500_000, 1_600_000)} between 1.5M and 1.6M, and rises again"
+    assert f"{said} to {late[0]} between 1.9M and 2M, where the other has {late[1]}." in readme
+    evaluated = [f"{x.config['evaluation']['return']:.0f}" for x in (eight, one)]
+    said = "games of the first run's last policy return {}, of the second's {}."
+    assert said.format(*evaluated) in readme
     with results.PUBLISHED.open() as file:
         known = [x for x in csv.DictReader(file) if x["source"].startswith("Dopamine")]
     pong, breakout = "PongNoFrameskip-v0", "BreakoutNoFrameskip-v0"
