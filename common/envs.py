@@ -147,7 +147,9 @@ class Environments:
 
     @torch.enable_grad()  # here and below for environments with networks of their own
     def __init__(self, args):
-        vectorize = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
+        # Python 3.14's fork server would know neither the trainer's signals nor what it has changed
+        forked = partial(AsyncVectorEnv, context="fork" if sys.platform == "linux" else None)
+        vectorize = {"sync": SyncVectorEnv, "async": forked}[args.vectorization]
         if game := atari.find_game(args.env_id):
             self.vector_env = atari.AtariGames(game, args.num_envs, args.seed, args.sticky_actions)
         else:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -55,8 +56,9 @@ each_script = pytest.mark.parametrize(
 )
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++"))
-    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="needs a C++ compiler and Python's headers",
+    or not Path(sysconfig.get_path("include"), "Python.h").exists()
+    or os.statvfs(tempfile.gettempdir()).f_flag & getattr(os, "ST_NOEXEC", 0),
+    reason="needs a C++ compiler, Python's headers and a place for programs",
 )
 needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 LONGEST = "test_resume test_dqn test_ppo_training test_sac test_common test_benchmarks".split()
@@ -274,6 +276,7 @@ def in_tmp_path(request, tmp_path, monkeypatch):
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     if request.module.__name__ != "test_cuda":  # others look into runs as the CPU has them
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that they start
+        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # an old driver would warn
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -656,6 +656,7 @@ def test_convolutions_act_in_pytorch_as_is_expected_of_them(script, capsys):
 
 def test_a_wrong_operation_is_noticed_even_in_ppos_first_policy(monkeypatch, capsys):
     """Whose means are below 0.01, beside noise of 1."""
+    torch.manual_seed(0)
     monkeypatch.setitem(compute.OPERATIONS, "tanh", "0 * {0}")
     args, box = Args(), gym.spaces.Box(-1, 1, (6,))
     agent = ppo_continuous.Agent((17,), box, args).requires_grad_(False)
@@ -1280,6 +1281,9 @@ def test_workers_do_not_wait_for_threads_of_the_trainer():
 @pytest.mark.parametrize("nohup", [True, False])
 def test_what_workers_start_ends_as_ever_and_outlives_a_terminal_as_the_trainer_does(nohup):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    method = multiprocessing.get_start_method(allow_none=True)
+    if sys.platform == "linux":  # as it is by default from Python 3.14 on
+        multiprocessing.set_start_method("forkserver", force=True)
     try:
         environments = make("toy_envs:Threads-v0", vectorization="async")
         workers, vector_env = environments.vector_env.processes, environments.vector_env
@@ -1290,6 +1294,7 @@ def test_what_workers_start_ends_as_ever_and_outlives_a_terminal_as_the_trainer_
         environments.close()
     finally:
         signal.signal(signal.SIGHUP, before)
+        multiprocessing.set_start_method(method, force=True)
 
 
 def test_forks_of_others_find_signals_as_they_were(monkeypatch):

@@ -152,7 +152,7 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
                 break
         for pid in members(process.pid):
             os.kill(pid, number)
-        out, err = process.communicate(timeout=30)  # until every process that writes has ended
+        out, err = process.communicate(timeout=300)  # until every process that writes has ended
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(run, tmp_path):
                 break
         process.stdout.close()
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(300) == 130
     finally:
         process.kill()
     step = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"]
@@ -277,7 +277,7 @@ def test_a_script_whose_output_nobody_reads_any_more_saves_and_ends(tmp_path):
     try:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(60) == 128 + signal.SIGPIPE
+        assert process.wait(300) == 128 + signal.SIGPIPE
     finally:
         process.kill()
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] > 0
@@ -417,7 +417,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, capsys
 def test_a_run_may_have_neither_output_nor_errors_open(tmp_path):
     options = SHORT | {"env_id": "Pendulum-v1", "total_timesteps": 128, "run_dir": "r"}
     line = shlex.join(command(ROOT / "ppo_continuous.py", *flags(**options)))
-    done = subprocess.run(["sh", "-c", f"exec {line} >&- 2>&-"], cwd=tmp_path, timeout=60)
+    done = subprocess.run(["sh", "-c", f"exec {line} >&- 2>&-"], cwd=tmp_path, timeout=300)
     assert done.returncode == 0 and load_checkpoint(tmp_path / "r/checkpoint.pt")["finished"]
 
 
@@ -436,7 +436,7 @@ envs.Environments.send = interrupted
 ppo.train(ppo.Args(env_id="Pendulum-v1", compile=False, run_dir="r"))
 """
     words = [sys.executable, "-c", program, str(ROOT)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 130 and "interrupt again to quit at once" in done.stderr
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == 0
 
@@ -446,7 +446,7 @@ def test_a_worker_that_cannot_begin_ends_a_run_at_once(tmp_path):
     words = flags(env_id="toy_envs:Unlucky-v0", compile=False, num_envs=3, vectorization="async")
     options = {"cwd": tmp_path, "capture_output": True, "text": True}
     options |= {"env": os.environ | {"PYTHONPATH": str(ROOT / "tests")}}
-    done = subprocess.run(command(ROOT / "ppo_continuous.py", *words), **options, timeout=60)
+    done = subprocess.run(command(ROOT / "ppo_continuous.py", *words), **options, timeout=300)
     assert done.returncode == 1 and "port in use" in done.stderr
 
 
@@ -467,7 +467,7 @@ ppo.train(args)
     words = flags(env_id="Pendulum-v1", compile=False, **PROCESSES)
     words = [sys.executable, "-c", program, str(ROOT), *words]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": True}
-    done = subprocess.run(words, **options, timeout=60)
+    done = subprocess.run(words, **options, timeout=300)
     assert done.returncode == (128 + number if number else 1)
     assert not done.stderr if number else done.stderr.count("Traceback") == 1
 
