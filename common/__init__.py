@@ -3,9 +3,13 @@
 import os
 import sys
 from contextlib import contextmanager, suppress
+from threading import RLock
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
+
+# its own is for several processes, and from Python 3.14 on is said to leak if one ends at once
+tqdm.set_lock(RLock())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -57,7 +57,7 @@ CASES = {
     "--resume nowhere --gamma 0.5": "--gamma",
     "--run-dir taken": "exists already; there is no run to resume in it",
     "--run-dir hidden/wandb/__init__.py/run": "nothing can be written into",
-    "--evaluate " + 300 * "x": "File name too long",
+    "--evaluate " + 300 * "x": "is not a run folder",
     "--track": "pip install wandb",
     "--wandb-project-name p": "--wandb-project-name p: must go with --track",
     "--wandb-entity me": "--wandb-entity me: must go with --track",

@@ -1297,6 +1297,13 @@ def test_what_workers_start_ends_as_ever_and_outlives_a_terminal_as_the_trainer_
         multiprocessing.set_start_method(method, force=True)
 
 
+def test_who_ends_at_once_leaves_no_semaphore_to_complain_of():
+    code = "import multiprocessing, os; multiprocessing.set_start_method('forkserver')\n"  # as 3.14
+    code += "from common import say; say('said'); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("said\n", "")
+
+
 def test_forks_of_others_find_signals_as_they_were(monkeypatch):
     """Python runs handlers where it masks signals, and forgets what they raise in a fork."""
     with monkeypatch.context() as patch:
