@@ -104,18 +104,19 @@ class Job:
     def finished(self) -> bool:
         """Tell if the run is finished, by its results or by what it said last."""
         folder = re.escape(str(self.run_dir))
-        said = re.compile(rf"^(done: {folder}$|{folder} is finished; to see it)", re.MULTILINE)
+        said = re.compile(rf"done: {folder}$|^{folder} is finished; to see it", re.MULTILINE)
         return self.path(".csv").exists() or bool(said.search(self.log().split("\n$ ")[-1]))
 
     def start(self, threads: int) -> None:
         """Start the run or go on with it, unless it is finished or another process has it.
 
-        A run keeps its log locked while it lives, also when the one who started it is gone.
+        A run keeps its log locked while it lives, also when the one who started it is gone; but not
+        by what it writes to, which a program that it started may have open for longer.
         """
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        with self.path(".log").open("a") as log:
+        with self.path(".log").open("a") as log, self.path(".log").open("a") as lock:
             try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.state = "elsewhere"
                 return
@@ -141,6 +142,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=(lock.fileno(),),
                 env=os.environ | ENVIRONMENT | dict.fromkeys(THREADS, str(threads)),
                 start_new_session=True,  # Ctrl-C is for the runner, which passes it on
             )
@@ -299,6 +301,9 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
     asked = [signal.SIGINT, signal.SIGTERM]
     asked += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)  # no nohup
     handlers = {number: signal.signal(number, ask) for number in asked}
+    for job in jobs:
+        if job.made_by() and job.path(".csv").exists():
+            job.state = "finished"
     while True:
         ask()  # those that were about to begin when a signal came
         for job in jobs:
@@ -328,6 +333,13 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return signals
+
+
+def tell_other_code(jobs: list[Job]) -> None:
+    """Say which runs were begun with other code than there is now."""
+    made = [(job, job.made_by()) for job in jobs]
+    if old := [job.name for job, by in made if by and by.get("code") != code(job.script)]:
+        print(f"begun with other code: {', '.join(old)}; to run what has changed: --run-dir")
 
 
 def run(
@@ -378,12 +390,14 @@ def run(
     workers = workers or max(1, min(available_cores() // threads, fit))
     if foreign := [words for job in jobs if (words := job.foreign())]:
         fail(f"{foreign[0]}; take another --run-dir")
-    made = [(job, job.made_by()) for job in jobs]
-    if old := [job.name for job, by in made if by and by.get("code") != code(job.script)]:
-        print(f"begun with other code: {', '.join(old)}; to run what has changed: --run-dir")
+    begun = [(job.name, by) for job in jobs if (by := job.made_by()) and not job.finished()]
+    if other := [name for name, by in begun if by.get("num_threads", threads) != threads]:
+        print(f"with as many threads as before: {', '.join(other)}")
+    tell_other_code(jobs)
     screen = Screen()
     signals = work(jobs, workers, threads, screen)
     screen.say("\n".join(describe(jobs)))
+    tell_other_code(jobs)  # it may have been edited meanwhile
     again = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     if signals:
         print(f"stopped; go on: {again}")

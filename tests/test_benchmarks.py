@@ -1464,6 +1464,60 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
     assert told in capsys.readouterr().out
 
 
+def test_what_is_finished_counts_from_the_start_and_a_run_keeps_its_threads(
+    monkeypatch, capsys, undisturbed
+):
+    folder = Path("runs/benchmarks/tiny/Pendulum-v1")
+    shutil.copytree(undisturbed, folder)
+    (folder / "1.csv").unlink()
+    (folder / "1.log").unlink()
+    all_jobs, said = [], []
+
+    def work(jobs, *rest, work=run.work):
+        all_jobs.extend(jobs)
+        return work(jobs, *rest)
+
+    def start(job, threads):
+        said.extend(run.describe(all_jobs))
+        job.state = "failed"
+        monkeypatch.setattr(run, "code", lambda script: "edited meanwhile")
+
+    monkeypatch.setitem(suites.SUITES, "tiny", TINY)
+    monkeypatch.setattr(run, "work", work)
+    monkeypatch.setattr(run.Job, "start", start)
+    with pytest.raises(SystemExit):
+        run.run("tiny", threads=3)
+    assert said == ["tiny: 1 of 2 finished", "waiting 1: Pendulum-v1/1"]
+    out = capsys.readouterr().out
+    assert out.startswith("with as many threads as before: Pendulum-v1/1\n")
+    assert out.count("begun with other code: Pendulum-v1/1, Pendulum-v1/2; ") == 1
+
+
+def test_a_run_whose_environment_ends_no_line_is_finished(undisturbed):
+    job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
+    job.run_dir.parent.mkdir(parents=True)
+    job.path(".log").write_text(f"$ python x\n...done: {job.run_dir}")
+    assert job.finished()
+    job.path(".log").write_text(f"$ python x\n...done: {job.run_dir}0\n{job.run_dir} is there")
+    assert not job.finished()
+
+
+def test_a_program_that_outlives_its_run_does_not_keep_it_locked(tmp_path, monkeypatch):
+    """As a game's server would that an environment has started."""
+    code = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nraise SystemExit(3)\n"
+    (tmp_path / "ppo_continuous.py").write_text(code)
+    monkeypatch.setattr(run, "SCRIPTS", tmp_path)
+    for _ in range(2):
+        job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
+        job.start(1)
+        assert job.state == "running"
+        process = job.process
+        process.wait(300)
+        job.poll()
+        assert job.state == "failed"
+    os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is_reported(
     monkeypatch, capsys, undisturbed
 ):
