@@ -26,7 +26,7 @@ from torch.func import grad_and_value  # of a function, in place of loss.backwar
 from common import arguments, compute, envs, failing, runs, seeding, tensors
 
 SCRIPT = Path(__file__).stem
-METRICS = "qf_loss q_values actor_loss entropy alpha".split()
+METRICS = "qf_loss q_values actor_loss entropy alpha".split()  # two of the critic, then the actor's
 
 
 @dataclass

@@ -8,6 +8,7 @@ import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -73,6 +74,10 @@ def check_ranges(args) -> None:
         if getattr(args, name) and (name != "track" or args.evaluate is None):
             with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):
                 import_module(package)
+    for name, kind in get_type_hints(type(args)).items():  # which tyro checks on a command line
+        if get_origin(kind) is Literal:
+            known = get_args(kind)
+            require(getattr(args, name) in known, args, name, f"be one of {', '.join(known)}")
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)

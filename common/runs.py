@@ -65,6 +65,10 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     where = Path(args.evaluate)
     first = 10**6 * (where.is_file() and where.name != "checkpoint.pt")  # others than chose it
     folder = where.parent if where.is_file() else where
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or damaged
+        config = json.loads((folder / "config.json").read_text())
+        if config["code"] != provenance.code(config["script"]):
+            say("other code than the run was begun with: this may not be what was trained")
     say(describe(*envs.play(agent.act, args, folder, first)))
 
 

@@ -109,6 +109,13 @@ def test_bad_input_is_refused_before_anything_that_takes_long(script, options, m
     assert stopped.value.code == 2
 
 
+@each_script
+def test_choices_are_checked_where_train_is_called_too(script, options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.train(script.Args(**options | {"vectorization": "Sync"}))
+    assert "--vectorization Sync: must be one of sync, async\n" in capsys.readouterr().err
+
+
 def test_unknown_flags_are_refused(run, tmp_path, ppo):
     done = run(f"{ppo.SCRIPT}.py", "--lerning-rate", "1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "--learning-rate" in done.stderr

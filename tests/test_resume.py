@@ -308,6 +308,28 @@ def test_a_closed_pipe_is_a_signal_to_end(monkeypatch, read_once, compiled):
     assert 0 < load_checkpoint("r/checkpoint.pt")["global_step"] < 6400
 
 
+def test_an_evaluation_by_other_code_says_so(monkeypatch, capsys):
+    train(Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT))
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--evaluate", "r"])
+    args, _ = arguments.parse_args(Args, "ppo_continuous")
+
+    def evaluated() -> bool:
+        capsys.readouterr()
+        runs.evaluate(load_agent, args, check_args(args))
+        said = capsys.readouterr().out
+        assert "evaluation of 2 episodes" in said
+        return "other code than the run was begun with" in said
+
+    assert not evaluated()
+    monkeypatch.setattr(runs.provenance, "code", lambda script: "another")
+    assert evaluated()
+    for content in ("[]", "{}", "half of a"):
+        Path("r/config.json").write_text(content)
+        assert not evaluated()
+    Path("r/config.json").unlink()
+    assert not evaluated()
+
+
 def test_what_a_finished_run_says_may_go_unread(monkeypatch):
     train(Args(env_id="Pendulum-v1", total_timesteps=64, run_dir="r", **SHORT))
     read, write = os.pipe()
