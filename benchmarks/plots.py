@@ -86,9 +86,9 @@ def _axes(count: int) -> tuple:
 
 def _save(figure, path: Path, by_env: dict[str, list[Result]]) -> None:
     """Save a picture that says which results it was drawn from."""
+    description = {"Software": None, "Description": digest(by_env)}
     with failing(f"{path} cannot be written", OSError, ValueError):
         path = path if path.suffix else path.with_suffix(".png")  # as Matplotlib does
-        description = {"Software": None, "Description": digest(by_env)}
         options = {"metadata": description} if path.suffix == ".png" else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=220, bbox_inches="tight", **options)

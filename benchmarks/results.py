@@ -32,7 +32,7 @@ FREE = (*WHERE, "--num-threads")  # and in which runs may differ that are called
 LIKE = {"seed", "exp_name", "run_dir", "num_threads", "device", "compile", "checkpoint_every"}
 LIKE |= {"eval_every", "eval_episodes", "eval_e", "capture_video", "resume", "evaluate", "render"}
 LIKE |= {"track", "wandb_project_name", "wandb_entity", "minibatch_size", "num_minibatches"}
-LIKE |= {"env_id"}  # there are results by environment, and games have two names
+LIKE |= {"env_id"}  # they are compared by environment, and a game has several names
 
 
 class Result(NamedTuple):

@@ -77,7 +77,9 @@ def check_ranges(args) -> None:
     for name, kind in get_type_hints(type(args)).items():  # which tyro checks on a command line
         if get_origin(kind) is Literal:
             known = get_args(kind)
-            require(getattr(args, name) in known, args, name, f"be one of {', '.join(known)}")
+            require(
+                getattr(args, name) in known, args, name, f"be one of {', '.join(map(str, known))}"
+            )
     for (low, high, need), names in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)

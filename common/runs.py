@@ -65,10 +65,12 @@ def evaluate(load_agent: Callable, args, spaces: tuple) -> None:
     where = Path(args.evaluate)
     first = 10**6 * (where.is_file() and where.name != "checkpoint.pt")  # others than chose it
     folder = where.parent if where.is_file() else where
+    begun = script = ""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or damaged
         config = json.loads((folder / "config.json").read_text())
-        if config["code"] != provenance.code(config["script"]):
-            say("other code than the run was begun with: this may not be what was trained")
+        begun, script = config["code"], config["script"]
+    if begun and begun != provenance.code(script):
+        say("other code than the run was begun with: this may not be what was trained")
     say(describe(*envs.play(agent.act, args, folder, first)))
 
 
@@ -158,8 +160,9 @@ class Run:
             self._introduce()
             if checkpoint is None:
                 self.save(0)
-            elif any(history["args"].get(x) != getattr(args, x, None) for x in KEPT):  # for a kill
-                save_checkpoint(self.dir / "checkpoint.pt", history | self.about)  # else as it was
+            elif any(history["args"].get(x) != getattr(args, x, None) for x in KEPT):
+                # now, as it may be killed; otherwise the file stays as it was
+                save_checkpoint(self.dir / "checkpoint.pt", history | self.about)
         except BaseException:
             with contextlib.suppress(AttributeError, OSError):  # there is none; a full disk
                 self.writer.close()

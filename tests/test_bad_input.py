@@ -1,16 +1,19 @@
 """Bad input: one line on standard error, exit code 2, within seconds, and no folder left behind."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import pytest
 from conftest import ROOT, each_script, read_args, run_script
 
-from common import compute, envs
+import ppo_continuous
+from common import arguments, compute, envs
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 CASES = {
@@ -114,6 +117,17 @@ def test_choices_are_checked_where_train_is_called_too(script, options, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.train(script.Args(**options | {"vectorization": "Sync"}))
     assert "--vectorization Sync: must be one of sync, async\n" in capsys.readouterr().err
+
+
+def test_choices_of_a_changed_script_need_not_be_words(capsys):
+    @dataclasses.dataclass
+    class Args(ppo_continuous.Args):
+        layers: Literal[1, 2] = 1
+
+    arguments.check_ranges(Args(layers=2))
+    with pytest.raises(SystemExit, match="2"):
+        arguments.check_ranges(Args(layers=3))
+    assert capsys.readouterr().err == "error: --layers 3: must be one of 1, 2\n"
 
 
 def test_unknown_flags_are_refused(run, tmp_path, ppo):

@@ -1507,15 +1507,19 @@ def test_a_program_that_outlives_its_run_does_not_keep_it_locked(tmp_path, monke
     code = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nraise SystemExit(3)\n"
     (tmp_path / "ppo_continuous.py").write_text(code)
     monkeypatch.setattr(run, "SCRIPTS", tmp_path)
-    for _ in range(2):
-        job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
-        job.start(1)
-        assert job.state == "running"
-        process = job.process
-        process.wait(300)
-        job.poll()
-        assert job.state == "failed"
-    os.killpg(process.pid, signal.SIGKILL)
+    groups = []
+    try:
+        for _ in range(2):
+            job = run.Job(*TINY.runs[0], 1, Path("runs/benchmarks/tiny"))
+            job.start(1)
+            assert job.state == "running"
+            groups.append(job.process.pid)
+            job.process.wait(300)
+            job.poll()
+            assert job.state == "failed"
+    finally:
+        for group in groups:
+            os.killpg(group, signal.SIGKILL)
 
 
 def test_a_run_without_a_usable_checkpoint_is_started_anew_and_one_that_fails_is_reported(
