@@ -160,7 +160,7 @@ class QNetwork(nn.Module):
 
 
 class Agent(nn.Module):
-    """`q_network` and its `target` network; huge noise on Q-values makes an action random."""
+    """`q_network` and its `target` network; epsilon-greedy by noise added to the Q-values."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.Space, args: Args):
         super().__init__()
@@ -171,7 +171,7 @@ class Agent(nn.Module):
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
+        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
         action = (self.q_network(obs) + noise).argmax(-1)
         return action, self.actions.take(action)  # the space may not start at 0
 
@@ -180,7 +180,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: an array without axes as a scalar
 
 
 class SumTree:
@@ -198,16 +198,16 @@ class SumTree:
     def update(self, indices: torch.Tensor, priorities: torch.Tensor) -> None:
         """Set the priorities [B] of the leaves `indices` [B]."""
         self.leaves.view(-1)[indices] = (priorities * 2**30).ceil().clamp(max=self.max_leaf).long()
-        blocks = indices // len(self.sums)
+        blocks = indices // len(self.sums)  # a block: a row of leaves, summed up in `sums`
         self.sums[blocks] = self.leaves[blocks].sum(1)
 
     def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw leaves by float64 numbers [B] from 0 to 1; return indices and probabilities [B]."""
         cumulative = self.sums.cumsum(0)
-        mass = (uniform * cumulative[-1]).long().clamp(max=cumulative[-1] - 1)
+        mass = (uniform * cumulative[-1]).long().clamp(max=cumulative[-1] - 1)  # below the total
         blocks = torch.searchsorted(cumulative, mass, right=True)
         leaves, rest = self.leaves[blocks], mass - (cumulative[blocks] - self.sums[blocks])
-        inner = torch.searchsorted(leaves.cumsum(1), rest[:, None], right=True)
+        inner = torch.searchsorted(leaves.cumsum(1), rest[:, None], right=True)  # in the block
         indices = blocks * len(self.sums) + inner.squeeze(1)
         return indices, leaves.gather(1, inner).squeeze(1) / cumulative[-1].double()
 
@@ -215,13 +215,14 @@ class SumTree:
 class Replay:
     """The last transitions of N environments, in rows [N]; every frame is kept once.
 
-    Numbers count the frames ever kept, from 1; 0 is black, before a game. Slots are their places in
-    `frames`. Of a transition's five in `stacks` the first four are its obs, the last four the next.
+    Frames are numbered as they are kept, from 1 (0: black, before a game); slots index `frames`.
+    `stacks` holds a transition's five slots: obs is the first four, next obs the last four.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
-        # 2%: truncations' 2nd frames (if more, rows go early); 12: start's 4, 4 earlier steps' 2
+        # 2% more, as a truncated step keeps 2 frames (if many do, rows go early), and what the
+        # oldest obs needs beside its row: 4 frames of `start`, or 2 of each of 4 earlier steps
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
@@ -237,31 +238,31 @@ class Replay:
 
     def start(self, obs: np.ndarray) -> None:
         """Begin with observations [N, 4, H, W]; episodes before them are cut off."""
-        self.ends[(self.num_rows - 1) % len(self.rewards), :, 1] = True  # at first: an unused row
+        self.ends[(self.num_rows - 1) % len(self.rewards), :, 1] = True  # no row yet: an unused one
         self.shown = np.stack([self._keep(obs[:, i]) for i in range(obs.shape[1])], axis=1)
         self._drop()
 
-    def _keep(self, frames: np.ndarray) -> np.ndarray:
+    def _keep(self, frames: np.ndarray) -> np.ndarray:  # stores them, and returns their numbers
         numbers = self.num_frames + np.arange(1, len(frames) + 1)
         self.num_frames += len(frames)
         self.frames[self._slots(numbers)] = torch.from_numpy(frames).to(self.frames.device)
         return numbers
 
-    def _slots(self, numbers: np.ndarray) -> torch.Tensor:
+    def _slots(self, numbers: np.ndarray) -> torch.Tensor:  # where `frames` has them
         slots = np.where(numbers > 0, (numbers - 1) % self.capacity + 1, 0)
         return torch.from_numpy(slots).to(self.frames.device)
 
     def add(self, action, reward, terminated, truncated, obs: np.ndarray, infos: dict) -> None:
         """Add a transition of every environment; `obs` is what it shows now, reset if it ended."""
-        clip = self.args.clip_reward & np.isfinite(reward)  # NaN is kept, to be noticed
+        clip = self.args.clip_reward & np.isfinite(reward)  # infinities stay, to be noticed
         reward = np.where(clip, np.sign(reward), reward)
-        shown = self._keep(obs[:, -1])
-        next_frames = shown.copy()
+        newest = self._keep(obs[:, -1])  # numbers [N] of the frames shown now
+        next_frames = newest.copy()
         if truncated.any():  # `obs` no longer shows their last frames
             last_frames = np.stack([x[-1] for x in infos["final_obs"][truncated]])
             next_frames[truncated] = self._keep(last_frames)
-        numbers = np.column_stack((self.shown, next_frames))
-        self.shown = np.column_stack((self.shown[:, 1:], shown))
+        numbers = np.column_stack((self.shown, next_frames))  # [N, 5]
+        self.shown = np.column_stack((self.shown[:, 1:], newest))
         self.shown[infos["over"], :-1] = 0  # a new game: black before it (not after a lost life)
 
         row = self.num_rows % len(self.rewards)
@@ -311,7 +312,7 @@ class Replay:
         steps = torch.arange(self.args.n_step, device=row.device)
         rows, columns = (row[:, None] + steps) % len(self.rewards), env[:, None]
         ended = self.ends[rows, columns].any(2).int()
-        running = (ended.cumsum(1) - ended) == 0  # no end before this step
+        running = (ended.cumsum(1) - ended) == 0  # [B, n]: no end before this step
         reward = (self.rewards[rows, columns] * self.args.gamma**steps * running).sum(1)
         last = rows.gather(1, running.sum(1, keepdim=True) - 1).squeeze(1)
         discount = self.args.gamma ** running.sum(1) * ~self.ends[last, env, 0]
@@ -329,15 +330,14 @@ class Replay:
         self.tree.update(indices, priorities)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return the rewards of the last rows, with at least `count` transitions."""
+        """Return the rewards of the last rows, with at least `count` transitions, to check."""
         rows = torch.arange(self.num_rows - math.ceil(count / self.args.num_envs), self.num_rows)
         return self.rewards[rows % len(self.rewards)]
 
     def state_dict(self) -> dict:
         """Return the filled part through NumPy, so that torch.save does not write whole buffers."""
-        rows, frames = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity)
-        filled = dict.fromkeys(("stacks", "actions", "rewards", "ends"), rows)
-        filled["frames"] = frames + 1
+        rows, kept = min(self.num_rows, len(self.rewards)), min(self.num_frames, self.capacity) + 1
+        filled = {"stacks": rows, "actions": rows, "rewards": rows, "ends": rows, "frames": kept}
         state = {k: torch.from_numpy(getattr(self, k)[:n].cpu().numpy()) for k, n in filled.items()}
         state["needs"] = torch.from_numpy(self.needs.copy())
         state["shown"] = None if self.shown is None else torch.from_numpy(self.shown.copy())
@@ -380,24 +380,24 @@ def td_loss(q, target, weight, loss: str) -> torch.Tensor:
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
     """Return `update`, a gradient step in place that returns METRICS and the TD errors [B].
 
-    Compiled, it is one graph. Only weights used through `functional` get gradients.
+    Compiled, it is one graph. Only weights [P] with which `q_values` is called get gradients.
     """
-    q_values = tensors.functional(agent.q_network, args.bf16)  # of parameters and observations
+    q_values = tensors.functional(agent.q_network, args.bf16)  # of weights and observations
 
-    def update(q_network, target, batch, weight):
+    def update(parameters, target, batch, weight):
         obs, action, reward, discount, next_obs = batch
         next_q = q_values(target, next_obs)
-        choosing_q = q_values(q_network, next_obs) if args.double else next_q
+        choosing_q = q_values(parameters, next_obs) if args.double else next_q
         y = td_target(reward, discount, next_q, choosing_q)
 
-        def loss(q_network):
-            q = q_values(q_network, obs).gather(1, action[:, None]).squeeze(1)
+        def loss(parameters):
+            q = q_values(parameters, obs).gather(1, action[:, None]).squeeze(1)
             return td_loss(q, y, weight, args.loss), q
 
-        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(q_network)
+        gradient, (loss_value, q) = grad_and_value(loss, has_aux=True)(parameters)
         if args.max_grad_norm:
             gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        optimizer.step(q_network, gradient, args.learning_rate)
+        optimizer.step(parameters, gradient, args.learning_rate)
         return torch.stack((loss_value, q.mean())), y - q
 
     return update
@@ -421,10 +421,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, large=True)
-    rng = seeding.Streams(args.seed, ("action", "replay"), device)
+    rng = seeding.Streams(args.seed, ("action", "replay"), device)  # seeds weights, too
     agent = Agent(obs_space.shape, action_space, args).to(device)
-    q_network, target = map(tensors.flatten_parameters, (agent.q_network, agent.target))  # [P]
-    optimizer = tensors.FlatAdam(q_network, eps=1e-8)
+    parameters, target = map(tensors.flatten_parameters, (agent.q_network, agent.target))  # [P]
+    optimizer = tensors.FlatAdam(parameters, eps=1e-8)
     environments, action_size = envs.Environments(args), gym.spaces.flatdim(action_space)
     with failing(f"--buffer-size {args.buffer_size}", RuntimeError, MemoryError):
         replay = Replay(args, obs_space.shape, device)
@@ -433,13 +433,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
-        global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
+        global_step, learn_after, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
-            learning_starts += global_step  # first fill a new replay, with the policy it has
-            print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
+            learn_after += global_step  # first fill a new replay, with the policy it has
+            print(f"no replay kept: inexact, learns from step {learn_after:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)  # to_numpy compares on it
+        noise = torch.ones(args.num_envs, action_size, device=device)  # 0 would hide errors
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).to(noise), noise)
         while global_step < last_step:  # --log-every steps, then a log and what else is due
             start_step, metrics = global_step, []
@@ -448,35 +448,35 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 progress = global_step / (args.exploration_fraction * last_step + 1e-9)
                 epsilon = linear_schedule(args.start_e, args.end_e, progress)
                 uniform = torch.rand(len(noise), 1, generator=rng["action"], device=device)
-                # where it explores, this drowns the Q-values, and the argmax is a uniform action
+                # epsilon-greedy: where uniform < epsilon, noise drowns Q-values: a uniform action
                 noise.exponential_(generator=rng["action"]).mul_(1e9 * (uniform < epsilon))
                 action, env_action = sample(torch.from_numpy(obs).to(device).to(noise), noise)
                 environments.send(env_action)  # Atari and async ones step while the network learns
 
-                before = max(global_step - args.num_envs, learning_starts)  # learned up to here
+                before = max(global_step - args.num_envs, learn_after)  # learned up to here
                 for i in range(before // args.train_frequency, global_step // args.train_frequency):
                     step = i * args.train_frequency
                     beta = linear_schedule(args.priority_beta, 1.0, step / last_step)
                     indices, weight = replay.sample(beta, rng["replay"])
-                    losses, error = update(q_network, target, replay.batch(indices), weight)
+                    losses, error = update(parameters, target, replay.batch(indices), weight)
                     metrics.append(losses)
                     if args.prioritized:
                         replay.update_priorities(indices, error)
                     if step % args.target_network_frequency < args.train_frequency:  # once a period
-                        target.lerp_(q_network, args.tau)
+                        target.lerp_(parameters, args.tau)
 
                 obs, reward, terminated, truncated, infos = environments.recv()
                 replay.add(action, reward, terminated, truncated, obs, infos)
             run.require_finite("a reward or observation", replay.latest(global_step - start_step))
             means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
-            run.require_finite("a weight or loss", q_network, *means.values())
+            run.require_finite("a weight or loss", parameters, *means.values())
             run.episodes(environments.finished_episodes())
             run.scalars(means | {"charts/epsilon": epsilon}, global_step)
             if run.due(args.eval_every, global_step):
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: from here on `due` counts anew
+            run.progress(global_step)  # last: `due` counts from here on; Ctrl-C ends here
         return run.finish()
 
 

@@ -141,10 +141,10 @@ class Agent(nn.Module):
         obs_size, action_size = math.prod(obs_shape), gym.spaces.flatdim(action_space)
         self.actor = mlp(obs_size, *args.hidden_sizes, action_size)
         self.critic = mlp(obs_size, *args.hidden_sizes, 1)
+        gains = {self.actor[-1]: 0.01, self.critic[-1]: 1.0}  # of the output layers
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):  # detail 2
-                gain = {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, math.sqrt(2))
-                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 nn.init.zeros_(layer.bias)
         self.log_std = nn.Parameter(torch.zeros(action_size))  # does not depend on the state
         self.args = args
@@ -160,7 +160,7 @@ class Agent(nn.Module):
         return obs.flatten(1)
 
     def policy(self, x: torch.Tensor) -> tuple:
-        """Policy, as log_prob_and_entropy takes it, from features [B, F]."""
+        """Policy, a Gaussian: mean [B, A], log-std [A], whether squashed; of features [B, F]."""
         return self.actor(x), self.log_std, self.args.squash
 
     def forward(self, obs: torch.Tensor) -> tuple:
@@ -169,9 +169,9 @@ class Agent(nn.Module):
         return self.policy(x), self.critic(x).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
+        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
         mean, log_std, squash = self.policy(self.encode(obs))
-        action = torch.addcmul(mean, log_std.exp(), noise)
+        action = mean + log_std.exp() * noise
         env_action = action.view(-1, *self.low.shape)
         if squash:
             env_action = self.low + (self.high - self.low) * (env_action.tanh() + 1) / 2
@@ -182,7 +182,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: an array without axes as a scalar
 
 
 class Rollout:
@@ -197,7 +197,7 @@ class Rollout:
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
-    """log(1 - tanh(u)^2) (Haarnoja et al. 2018, arXiv:1812.05905), accurate for any u."""
+    """Log of tanh's derivative, log(1 - tanh(u)^2); accurate for any u (arXiv:1812.05905)."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
@@ -206,10 +206,10 @@ def log_prob_and_entropy(policy, action: torch.Tensor) -> tuple[torch.Tensor, to
     mean, log_std, squash = policy
     log_prob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(mean)
-    if squash:  # of tanh(u): the entropy adds E[tanh_log_det(u)], by quadrature, u [B, A, 32]
+    if squash:  # H(tanh(u)) = H(u) + E[log tanh'(u)], by Gauss-Hermite quadrature: u [B, A, 32]
         u = mean[..., None] + log_std.exp()[..., None] * mean.new_tensor(tensors.NODES)
         entropy = entropy + tanh_log_det(u) @ mean.new_tensor(tensors.WEIGHTS)
-        log_prob = log_prob - tanh_log_det(action)  # which cancels in the ratio
+        log_prob = log_prob - tanh_log_det(action)  # of tanh(action); it cancels in the ratio
     return log_prob.sum(-1), entropy.sum(-1)
 
 
@@ -227,8 +227,25 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     return advantages
 
 
+def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
+    """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
+    values = torch.cat((values, agent(rollout.obs[-1])[1])).view(rollout.obs.shape[:2]).cpu()
+    values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: changed below
+    if rollout.final_obs:  # after a truncation: the episode's real last observation
+        t, n = zip(*rollout.final_obs)  # its keys
+        final_obs = torch.stack(list(rollout.final_obs.values())).to(rollout.obs)
+        next_values[t, n] = agent(final_obs)[1].cpu().numpy()
+    rewards = rollout.rewards
+    if args.norm_reward:
+        rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
+    ends = rollout.terminations, rollout.truncations
+    advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    arrays = np.stack((advantages, advantages + values)).astype(np.float32)
+    return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
+
+
 def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args: Args):
-    """Loss of a minibatch, minus equation 9 of Schulman et al. 2017, and METRICS; inputs [B]."""
+    """Loss of a minibatch (equation 9 of Schulman et al. 2017, negated) and METRICS; inputs [B]."""
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     if args.norm_adv:  # detail 7: per minibatch
@@ -249,17 +266,16 @@ def ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, targe
 
 
 def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
-    """Return `update`, a gradient step in place that returns METRICS; `batch` is the rollout.
+    """Return `update`, a gradient step in place that returns METRICS; compiled, it is one graph."""
+    forward = tensors.functional(agent, args.bf16)  # only weights used through it get gradients
 
-    Compiled, it is one graph. Only weights used through `functional` get gradients.
-    """
-
-    def loss(parameters, obs, actions, *rest):  # rest: old_log_prob, ..., target
-        policy, value = tensors.functional(agent, args.bf16)(parameters, obs)
-        return ppo_loss(*log_prob_and_entropy(policy, actions), value, *rest, args)
+    def loss(parameters, obs, actions, old_log_prob, advantage, old_value, target):
+        policy, value = forward(parameters, obs)
+        log_prob, entropy = log_prob_and_entropy(policy, actions)
+        return ppo_loss(log_prob, entropy, value, old_log_prob, advantage, old_value, target, args)
 
     def update(parameters, batch, indices, lr):
-        minibatch = (x[indices] for x in batch)
+        minibatch = [x[indices] for x in batch]  # of the rollout's tensors [T * N, ...]
         gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(parameters, *minibatch)
         gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)  # detail 11
         optimizer.step(parameters, gradient, lr)
@@ -269,31 +285,15 @@ def make_update(agent: Agent, optimizer: tensors.FlatAdam, args: Args):
 
 
 def learning_rate(progress: float, args: Args) -> torch.Tensor:
-    """Learning rate (detail 4) at a fraction `progress` of the run; a float would recompile."""
+    """Learning rate (detail 4) at a fraction `progress` of the run; a tensor: floats recompile."""
     left = (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1 - progress
     return torch.tensor(args.learning_rate * (left if args.anneal_lr else 1.0))
-
-
-def estimate(agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args) -> torch.Tensor:
-    """Advantages and value targets [2, T * N] of a rollout, given its values [T * N]."""
-    values = torch.cat((values, agent(rollout.obs[-1])[1])).view(rollout.obs.shape[:2]).cpu()
-    values, next_values = values[:-1].numpy(), values[1:].clone().numpy()  # clone: they overlap
-    if rollout.final_obs:  # after a truncation: the episode's real last observation
-        final_obs, (t, n) = torch.stack(list(rollout.final_obs.values())), zip(*rollout.final_obs)
-        next_values[t, n] = agent(final_obs.to(rollout.obs))[1].cpu().numpy()
-    rewards = rollout.rewards
-    if args.norm_reward:
-        rewards = (rewards * agent.return_statistics.scale.item()).clip(-10, 10)
-    ends = rollout.terminations, rollout.truncations
-    advantages = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-    arrays = np.stack((advantages, advantages + values)).astype(np.float32)
-    return torch.from_numpy(arrays).to(rollout.obs.device).flatten(1)
 
 
 def check_args(args: Args) -> tuple[gym.spaces.Box, gym.Space]:
     """Return the environment's spaces; exit with a one-line error if an argument cannot work."""
     arguments.check_ranges(args)
-    batch_size, least = args.num_envs * args.num_steps, 2 if args.norm_adv else 1  # 1 has no std
+    batch_size, least = args.num_envs * args.num_steps, (2 if args.norm_adv else 1)  # 1: no std
     if args.minibatch_size is None:
         fits = batch_size % args.num_minibatches == 0 and args.num_minibatches * least <= batch_size
         need = f"divide a rollout's {batch_size} samples, {least} or more in each"
@@ -311,7 +311,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, large=len(obs_space.shape) == 3)
-    rng = seeding.Streams(args.seed, ("action", "minibatch"), device)
+    rng = seeding.Streams(args.seed, ("action", "minibatch"), device)  # seeds weights, too
     agent = Agent(obs_space.shape, action_space, args).to(device)
     parameters = tensors.flatten_parameters(agent)  # [P]; the weights, in `sample` too, are views
     optimizer = tensors.FlatAdam(parameters, eps=1e-5)  # detail 3
@@ -344,7 +344,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             rollout.rewards = np.sign(rollout.rewards) if args.clip_reward else rollout.rewards
             run.episodes(environments.finished_episodes())
 
-            # learn, with the rollout's statistics and at first its weights: ratios begin at 1
+            # learn; statistics stay those of the rollout, so that with its weights all ratios are 1
             lr, metrics = learning_rate(start_step / last_step, args).to(device), []
             obs = rollout.obs[:-1].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(rollout.actions)).to(device)
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: from here on `due` counts anew
+            run.progress(global_step)  # last: `due` counts from here on; Ctrl-C ends here
         return run.finish()
 
 

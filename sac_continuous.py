@@ -99,7 +99,7 @@ class Args:
     utd_ratio: float = 1.0
     """updates per environment step"""
     policy_frequency: int = 2
-    """every so many updates of the Q-networks, make as many of the policy (TD3 makes only one)"""
+    """after every so many updates of the Q-networks the policy is updated, as many times"""
     alpha: float = 0.2
     """coefficient of the entropy, with --no-autotune"""
     autotune: bool = True
@@ -124,10 +124,10 @@ class TwinLinear(nn.Module):
         return x.expand(2, -1, -1) @ self.weight + self.bias  # expand: else weights are copied
 
 
-def mlp(layer: type, *sizes: int) -> tensors.Network:
-    """ReLU network with layers of these widths; the last one is linear."""
+def mlp(layer: type, *sizes: int) -> list[nn.Module]:
+    """Layers of these widths, with ReLUs between them; the last one is linear."""
     layers = [f for a, b in zip(sizes, sizes[1:]) for f in (layer(a, b), nn.ReLU())]
-    return tensors.Network(*layers[:-1])
+    return layers[:-1]
 
 
 class Actor(tensors.Network):
@@ -135,8 +135,8 @@ class Actor(tensors.Network):
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-std [B, A] for observations [B, *obs_shape]; log-std is within [-5, 2]."""
-        x = super().forward(obs.flatten(1)).unflatten(1, (2, -1))  # to_numpy knows no chunk
-        return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5
+        x = super().forward(obs.flatten(1)).unflatten(1, (2, -1))  # [B, 2, A]: mean and log-std
+        return x.select(1, 0), x.select(1, 1).tanh() * 3.5 - 1.5  # select: to_numpy has no chunk
 
 
 class TwinQNetwork(tensors.Network):
@@ -164,9 +164,9 @@ class Agent(nn.Module):
             self.register_buffer(name, bound)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions, as stored and as the environment's, for raw observations and noise [B, A]."""
+        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
         mean, log_std = self.actor(obs)
-        action = torch.addcmul(mean, log_std.exp(), noise).tanh()  # mean + std * noise
+        action = (mean + log_std.exp() * noise).tanh()
         return action, self.env_action(action)
 
     def env_action(self, action: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ class Agent(nn.Module):
         """Return the deterministic action for one raw observation."""
         obs = torch.as_tensor(np.array(obs)).to(next(self.parameters()))
         _, env_action = self.sample(obs[None], noise=obs.new_zeros(()))
-        return env_action[0].cpu().numpy()[()]  # [()]: if without axes, a NumPy scalar
+        return env_action[0].cpu().numpy()[()]  # [()]: an array without axes as a scalar
 
 
 class Replay:
@@ -214,7 +214,7 @@ class Replay:
         return torch.randint(filled, (self.batch_size,), generator=rng, device=self.rows.device)
 
     def latest(self, count: int) -> torch.Tensor:
-        """Return obs, reward, next obs of the last `count` rows, and the current obs, all flat."""
+        """Return obs, reward, next obs of the last `count` rows, and the current obs, to check."""
         rows = self.rows[torch.arange(self.num_rows - count, self.num_rows) % len(self.rows)]
         obs, _, reward, _, next_obs = rows.split(self.widths, 1)
         return torch.cat([x.flatten() for x in (obs, reward, next_obs, self.shown.to(obs.device))])
@@ -231,12 +231,12 @@ class Replay:
 
 
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
-    """log(1 - tanh(u)^2) (Haarnoja et al. 2018, arXiv:1812.05905), accurate for any u."""
+    """Log of tanh's derivative, log(1 - tanh(u)^2); accurate for any u (arXiv:1812.05905)."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def sample_with_log_prob(mean, log_std, noise: torch.Tensor) -> tuple:
-    """Actions tanh(u) [B, A], reparameterised by noise, and log-density [B] within (-1, 1).
+    """Actions tanh(u) [B, A], where u = mean + std * noise, and log-densities [B] on (-1, 1).
 
     The target entropy refers to these actions, whatever the environment's bounds are.
     """
@@ -252,7 +252,7 @@ def td_target(reward, termination, next_q, next_log_prob, alpha, gamma: float) -
 
 
 def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Equation 7: minus the soft value, the smaller of the Q-values [2, B] plus alpha * entropy."""
+    """Equation 7: the mean of alpha * log_prob [B] - min(q [2, B]), the soft value negated."""
     return (alpha * log_prob - q.amin(0)).mean()
 
 
@@ -264,8 +264,8 @@ def alpha_loss(log_alpha, log_prob: torch.Tensor, target_entropy: float) -> torc
 def make_updates(agent: Agent, optimizer: nn.ModuleDict, widths: tuple, args: Args) -> tuple:
     """Return `update_critic` and `update_actor`, gradient steps in place that return their METRICS.
 
-    Compiled, each is one graph. Only weights used through `functional` get gradients. Noise is an
-    input: drawn inside, it would not come from `rng`.
+    critic, target and actor are vectors of weights [P], which get gradients only where `functional`
+    calls a network with them. Each update is one graph. Noise is an input, to come from `rng`.
     """
     actor_net, critic_net = (tensors.functional(x, args.bf16) for x in (agent.actor, agent.critic))
 
@@ -316,7 +316,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     """Train as `args` say, from `checkpoint` (Run loads it) if there is one; return the folder."""
     obs_space, action_space = check_args(args)
     device = compute.setup_torch(args, large=True)
-    rng = seeding.Streams(args.seed, ("action", "replay"), device)
+    rng = seeding.Streams(args.seed, ("action", "replay"), device)  # seeds weights, too
     agent = Agent(obs_space.shape, action_space, args).to(device)
     critic, target = map(tensors.flatten_parameters, (agent.critic, agent.target))  # vectors [P]
     actor, log_alpha = tensors.flatten_parameters(agent.actor), agent.log_alpha
@@ -332,13 +332,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts = {"agent": agent, "optimizer": optimizer, "envs": environments, "rng": rng}
     parts |= {"replay": replay} if args.checkpoint_replay else {}
     with runs.Run(args, SCRIPT, last_step, device, checkpoint, parts) as run:
-        global_step, learning_starts, obs = run.step, args.learning_starts, environments.obs
+        global_step, learn_after, obs = run.step, args.learning_starts, environments.obs
         if 0 < global_step < last_step and not args.checkpoint_replay:
-            learning_starts += global_step  # first fill a new replay, with the policy it has
-            print(f"no replay kept: inexact, learns from step {learning_starts:,} of {last_step:,}")
+            learn_after += global_step  # first fill a new replay, with the policy it has
+            print(f"no replay kept: inexact, learns from step {learn_after:,} of {last_step:,}")
         if replay.shown is None or environments.lost.any():  # a new run, or not restored
             replay.start(obs)
-        noise = torch.ones(args.num_envs, action_size, device=device)  # to_numpy compares on it
+        noise = torch.ones(args.num_envs, action_size, device=device)  # 0 would hide errors
         sample = compute.to_numpy(agent.sample, args, torch.tensor(obs).to(device).to(noise), noise)
         while global_step < last_step:  # --log-every steps, then a log and what else is due
             start_step, metrics = global_step, []
@@ -352,14 +352,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     action, env_action = sample(torch.from_numpy(obs).to(device).to(noise), noise)
                 environments.send(env_action)  # Atari and async ones step while the network learns
 
-                before = max(global_step - args.num_envs, learning_starts)  # learned up to here
+                before = max(global_step - args.num_envs, learn_after)  # learned up to here
                 for i in range(int(before * args.utd_ratio), int(global_step * args.utd_ratio)):
-                    inputs = replay.rows, replay.sample(rng["replay"]), batch_noise
-                    batch_noise.normal_(generator=rng["replay"])  # in place, so in `inputs` too
+                    indices = replay.sample(rng["replay"])
+                    inputs = replay.rows, indices, batch_noise.normal_(generator=rng["replay"])
                     losses = update_critic(critic, target, actor, log_alpha, *inputs)
                     if i % args.policy_frequency == 0:
                         for _ in range(args.policy_frequency):
-                            batch_noise.normal_(generator=rng["replay"])
+                            batch_noise.normal_(generator=rng["replay"])  # in `inputs`, too
                             policy_losses = update_actor(critic, actor, log_alpha, *inputs)
                         metrics.append(torch.cat((losses, policy_losses)))  # only these are logged
                     if i % args.target_network_frequency == 0:
@@ -376,7 +376,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 run.evaluate(agent, global_step)
             if run.signal or run.due(args.checkpoint_every, global_step):
                 run.save(global_step)
-            run.progress(global_step)  # last: from here on `due` counts anew
+            run.progress(global_step)  # last: `due` counts from here on; Ctrl-C ends here
         return run.finish()
 
 
