@@ -27,7 +27,7 @@ import threadpoolctl
 import torch
 import torch.nn as nn
 import toy_envs
-from conftest import CASES, ROOT, assert_same, each_case, needs_git, read_args
+from conftest import CASES, ROOT, assert_same, each_case, each_script, needs_git, read_args
 
 import dqn_atari
 import ppo_continuous
@@ -240,6 +240,10 @@ def test_evaluation_draws_from_process_wide_generators_the_same_and_leaves_them(
         assert states() == before
     torch.set_float32_matmul_precision("highest")
     assert seen[0] == seen[1] and len({x for obs in seen[0] + seen[2] for x in obs}) == 60
+    seen.append([])
+    envs.play(lambda obs: (np.random.rand(), act(obs))[1], args, Path())
+    second = len(seen[0]) // 2
+    assert seen[3][second] == seen[0][second]  # whatever was drawn in the first episode
 
 
 def test_a_renderer_is_chosen_before_the_environment_that_is_filmed(monkeypatch):
@@ -439,18 +443,28 @@ def test_every_episode_has_a_seed_of_its_own():
         begins[seed] = seeds
         assert seeds == [[stream_seed(seed, "env", i, e) for e in (1, 2, 3)] for i in range(3)]
     assert len({x for seeds in begins.values() for kept in seeds for x in kept}) == 18
+    space, like = environments.vector_env.envs[0].action_space, gym.spaces.Box(-1, 1, (1,))
+    like.seed(stream_seed(2, "env", 0, 3, 0))  # not the episode's own
+    assert space == like and space.sample() == like.sample()
     a, b, more = (make("Pendulum-v1", n, seed).obs for n, seed in ((2, 1), (2, 2), (4, 1)))
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 4
     np.testing.assert_array_equal(more[:2], a)
 
 
 def test_a_checkpoint_is_on_disk_before_it_takes_its_name(monkeypatch):
-    done = []
+    done, sizes = [], []
     for owner, name in ((os, "fsync"), (Path, "replace")):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *x, f=real, n=name: (done.append(n), f(*x))[1])
+
+        def note(*args, real=real, name=name):
+            done.append(name)
+            sizes.append(os.stat(args[0]).st_size)  # of what the system has, not Python's buffer
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, note)
     save_checkpoint(Path("checkpoint.pt"), {})
     assert done == ["fsync", "replace"] and load_checkpoint(Path("checkpoint.pt")) == {}
+    assert sizes == 2 * [os.stat("checkpoint.pt").st_size]
 
 
 def test_what_is_loaded_takes_memory_only_where_it_is_copied_to(tmp_path):
@@ -461,7 +475,10 @@ def test_what_is_loaded_takes_memory_only_where_it_is_copied_to(tmp_path):
         (line,) = (x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
         return int(line.split()[1]) / 1024
 
-    save_checkpoint(path, {"replay": torch.ones(2**24)})  # 64 MiB
+    modes = []
+    with mock.patch.object(torch, "load", lambda *_, **kw: modes.append(kw["mmap"])):
+        save_checkpoint(path, {"replay": torch.ones(2**24)})  # 64 MiB
+    assert modes == [True]
     before = anonymous() if status.exists() else 0
     replay = load_checkpoint(path)["replay"]
     save_checkpoint(path, {"replay": torch.zeros(2)})  # of a run that goes on
@@ -476,9 +493,9 @@ class Evil:
 
 def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"x": torch.zeros(1000)})
+    save_checkpoint(path, {"x": torch.zeros(10**6)})  # larger than a CNN
     whole = path.read_bytes()
-    assert len(load_checkpoint(path)["x"]) == 1000
+    assert len(load_checkpoint(path)["x"]) == 10**6
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
     def refused(why):
@@ -491,7 +508,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, capsys, mon
         (b"", "empty"),
         (whole[: len(whole) // 2], "damaged"),
         (b"GIF89a" * 99, "damaged"),
-        (whole.replace(bytes(4000), b"?" + bytes(3999)), "damaged"),  # one weight
+        (whole.replace(bytes(4000), b"?" + bytes(3999), 1), "damaged"),  # one weight
     ):
         path.write_bytes(content)
         refused(why)
@@ -652,6 +669,15 @@ def test_convolutions_act_in_pytorch_as_is_expected_of_them(script, capsys):
     act = to_numpy(agent.sample, agent.args, torch.zeros(2, 4, 84, 84), torch.zeros(2, 3))
     assert act.__name__ == "untraced"
     assert capsys.readouterr().out == ""
+
+
+@each_script
+def test_what_acting_is_compared_on_has_noise(script, options, monkeypatch):
+    """Without, a mistake in what is done with the noise would hide."""
+    monkeypatch.setattr(compute, "to_numpy", lambda *x: x[-1].abs().min().item() and 1 / 0)
+    options = options | {"total_timesteps": 128, "run_dir": "r"}
+    with pytest.raises(ZeroDivisionError):
+        script.train(script.Args(**options | {"compile": False}))
 
 
 def test_a_wrong_operation_is_noticed_even_in_ppos_first_policy(monkeypatch, capsys):
@@ -937,12 +963,13 @@ def test_acting_rounds_the_same_however_many_threads_numpy_would_take():
         ({"prioritized": True, "exploration_fraction": 0.0}, "--prioritized depends on it"),
         ({"exploration_fraction": 0.1}, "--exploration-fraction depends on it"),
         ({"exploration_fraction": 0.0}, None),
+        ({"exploration_fraction": 0.1, "total_timesteps": 200}, None),  # as many as it has
     ],
 )
 def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
     flags, depends, monkeypatch, capsys
 ):
-    stored = {"args": {"total_timesteps": 100, **flags}, "device": "cpu"}
+    stored = {"args": {"total_timesteps": 100} | flags, "device": "cpu"}
     monkeypatch.setattr(arguments, "load_run", lambda *_: stored)
     words = "--resume=r --total-timesteps=200 --checkpoint-every 5 --eval-every 6 --eval-episodes 7"
     monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *words.split(), "--track"])
@@ -954,6 +981,16 @@ def test_a_run_is_extended_only_where_no_schedule_depends_on_it(
         args, _ = arguments.parse_args(dqn_atari.Args, "dqn_atari")
         assert (args.total_timesteps, args.checkpoint_every, args.eval_every) == (200, 5, 6)
         assert args.eval_episodes == 7 and args.track
+
+
+def test_what_an_evaluation_may_be_given_is_taken(monkeypatch):
+    stored = {"args": {"eval_episodes": 3, "eval_e": 0.5, "gamma": 0.9}, "device": "cpu"}
+    monkeypatch.setattr(arguments, "load_run", lambda *_: stored)
+    words = "--evaluate r --eval-episodes 100 --eval-e 0.001 --capture-video"
+    monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *words.split()])
+    args, _ = arguments.parse_args(dqn_atari.Args, "dqn_atari")
+    assert (args.eval_episodes, args.eval_e, args.capture_video) == (100, 0.001, True)
+    assert (args.evaluate, args.gamma) == ("r", 0.9)
 
 
 def test_a_run_that_filmed_may_be_shown(monkeypatch):
@@ -975,12 +1012,12 @@ def test_a_run_of_other_arguments_is_refused_in_one_line(monkeypatch, capsys):
     assert stopped.value.code == 2 and "other arguments" in line and "sede" in line
 
 
-def test_a_run_begun_on_the_cpu_goes_on_there(monkeypatch):
-    checkpoint = {"args": {"seed": 3}, "device": "cpu", "script": "sac_continuous"}
+def test_a_run_begun_on_the_cpu_goes_on_there_and_in_the_folder_that_it_is_in_now(monkeypatch):
+    checkpoint = {"args": {"seed": 3, "run_dir": "before"}, "device": "cpu"}
     monkeypatch.setattr(arguments, "load_run", lambda *_: checkpoint)
     monkeypatch.setattr(sys, "argv", ["sac_continuous.py", "--resume", "r"])
     args, _ = arguments.parse_args(sac_continuous.Args, "sac_continuous")
-    assert (args.device, args.seed, args.resume) == ("cpu", 3, "r")
+    assert (args.device, args.seed, args.resume, args.run_dir) == ("cpu", 3, "r", "r")
 
 
 PPO = {"gamma": 0.99, "gae_lambda": 0.95, "anneal_lr": True, "norm_adv": True, "clip_vloss": True}
@@ -1106,6 +1143,9 @@ def test_every_number_has_a_range(script, capsys):
                 with pytest.raises(SystemExit):
                     arguments.check_ranges(dataclasses.replace(script.Args(), **given))
                 assert capsys.readouterr().err.startswith(f"error: {arguments.flag(field.name)} ")
+            if field.name in may_be_0 + shares:
+                on = {"prioritized": True} if hasattr(script.Args, "prioritized") else {}
+                arguments.check_ranges(dataclasses.replace(script.Args(), **on, **{field.name: 0}))
 
 
 @each_case

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PPO, assert_killed_ends_as_whole, each_case, flags, scalars
+from conftest import PPO, assert_killed_ends_as_whole, each_case, each_script, flags, scalars
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_atari
@@ -15,7 +15,7 @@ import ppo_discrete
 import sac_continuous
 from common import compute
 from common.checkpoint import load_checkpoint
-from common.tensors import FlatAdam, flatten_parameters
+from common.tensors import FlatAdam, Network, ReturnStatistics, flatten_parameters, functional
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -74,23 +74,48 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
     )
     optimizers = {"critic": of_critic, "actor": of_actor, "alpha": FlatAdam(agent.log_alpha, 1e-8)}
     replay = sac_continuous.Replay(args, (5,), 3, META)
+    replay.start(np.zeros((2, 5), np.float32))
+    replay.num_rows = 10
+    assert replay.latest(4).device == META
     update_critic, update_actor = sac_continuous.make_updates(
         agent, torch.nn.ModuleDict(optimizers), replay.widths, args
     )
-    batch = agent.log_alpha, replay.rows, indices(8), meta(8, 3)
+    batch = agent.log_alpha, replay.rows, replay.sample(None), meta(256, 3)
     assert update_critic(critic, target, actor, *batch).device == META
     assert update_actor(critic, actor, *batch).device == META
 
-    options = {"double": True, "dueling": True, "prioritized": True, "buffer_size": 100}
-    agent, args = on_meta(dqn_atari, PICTURE, BUTTONS, **options)
-    (critic, optimizer), (target, _) = map(flat, (agent.q_network, agent.target))
-    replay = dqn_atari.Replay(args, (4, 84, 84), META)
-    replay.num_rows = 10
-    drawn, weight = replay.sample(0.5, None)
-    update = dqn_atari.make_update(agent, optimizer, args)
-    metrics, error = update(critic, target, replay.batch(drawn), weight)
-    replay.update_priorities(drawn, error)
-    assert metrics.device == error.device == replay.max_priority.device == META
+    for options in ({}, {"double": True, "dueling": True, "prioritized": True}):
+        agent, args = on_meta(dqn_atari, PICTURE, BUTTONS, buffer_size=100, **options)
+        (parameters, optimizer), (target, _) = map(flat, (agent.q_network, agent.target))
+        replay = dqn_atari.Replay(args, (4, 84, 84), META)
+        replay.num_rows = 10
+        drawn, weight = replay.sample(0.5, None)
+        update = dqn_atari.make_update(agent, optimizer, args)
+        metrics, error = update(parameters, target, replay.batch(drawn), weight)
+        replay.update_priorities(drawn, error)
+        assert metrics.device == error.device == replay.max_priority.device == META
+        assert replay.latest(4).device == META
+
+
+@pytest.mark.filterwarnings("ignore:.*to a meta parameter in the current model")
+@each_script
+def test_an_agent_is_loaded_onto_the_device_asked_for(script, options):
+    options = options | {"total_timesteps": 128, "eval_episodes": 1, "compile": False}
+    script.train(script.Args(**options, run_dir="r"))
+    agent = script.load_agent("r", device="meta")
+    assert {x.device for x in (*agent.parameters(), *agent.buffers())} == {META}
+
+
+def test_sums_of_rewards_go_on_where_memory_is_not_the_cpus(monkeypatch):
+    rewards, ends = np.random.default_rng(0).normal(size=(6, 2)), np.zeros((6, 2), bool)
+    statistics = [ReturnStatistics(2) for _ in range(2)]
+    for number, x in enumerate(statistics):
+        if number:
+            monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+        for part in (slice(0, 3), slice(3, 6)):
+            x.update_from_rewards(rewards[part], ends[part], 0.9)
+    assert torch.equal(statistics[0].var, statistics[1].var)
+    assert torch.equal(statistics[0].carry, statistics[1].carry)
 
 
 class Deterministic(TorchDispatchMode):
@@ -130,12 +155,13 @@ def test_the_options_for_cuda_are_known_to_the_compiler(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path):
+def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path, monkeypatch):
     """But not resumed."""
     options = PPO | {"env_id": "Pendulum-v1", "compile": False, "anneal_lr": False}
     ppo_continuous.train(ppo_continuous.Args(**options, total_timesteps=64, run_dir="r"))
     content = torch.load("r/checkpoint.pt")
     content["state"]["device"] = "cuda"
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
     torch.save(content, "r/checkpoint.pt")
     out = run("ppo_continuous.py", "--evaluate", "r", cwd=tmp_path).stdout
     assert "evaluated on the CPU" in out and "evaluation of 10 episodes" in out
@@ -146,6 +172,27 @@ def test_a_cuda_run_is_evaluated_on_the_cpu_where_there_is_no_cuda(run, tmp_path
         and done.stderr
         == "error: --device cuda: PyTorch finds no CUDA device; the run was begun on one\n"
     )
+
+
+@needs_cuda
+@torch.no_grad()
+def test_hidden_layers_round_to_bfloat16_on_cuda_and_the_last_one_does_not():
+    network = Network(torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)).cuda()
+    x = torch.randn(20, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = network[0](x)
+        rounded = network[1](hidden).float()
+    expected = network[1](hidden.float())
+    got = functional(network, bf16=True)(flatten_parameters(network), x)
+    torch.testing.assert_close(got, expected)
+    assert hidden.dtype == torch.bfloat16 and (got - rounded).abs().max() > 1e-4
+
+
+@needs_cuda
+def test_products_on_cuda_are_those_of_float32():
+    compute.setup_torch(sac_continuous.Args(device="cuda"), large=True)
+    x = torch.randn(256, 256, device="cuda")
+    assert (x @ x - x.double() @ x.double()).abs().max() < 1e-3  # 0.05, where factors are rounded
 
 
 @needs_cuda

@@ -626,6 +626,15 @@ def test_compiled_updates_equal_eager_ones_and_compile_once():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
+@needs_compiler
+def test_a_run_compiles_its_update_once():
+    torch._dynamo.utils.counters.clear()
+    dqn.train(dqn.Args(**SHORT | {"total_timesteps": 100, "compile": True}))
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    )  # one: of the compiler's trial
+
+
 def test_linear_schedule():
     points = (-1, 0, 0.25, 0.5, 1, 7)
     assert [dqn.linear_schedule(1.0, 0.2, x) for x in points] == pytest.approx(
@@ -779,8 +788,8 @@ def test_importance_exponent_grows_to_one_and_epsilon_follows_its_schedule(monke
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_exploration_is_uniform_and_the_rest_greedy(monkeypatch, epsilon):
     record, forward = Record(monkeypatch), dqn.QNetwork.forward
-    # as large as without --clip-reward
-    monkeypatch.setattr(dqn.QNetwork, "forward", lambda self, obs: 1e4 * forward(self, obs))
+    # larger than without --clip-reward
+    monkeypatch.setattr(dqn.QNetwork, "forward", lambda self, obs: 1e6 * forward(self, obs))
     options = SHORT | {"start_e": epsilon, "end_e": epsilon, "total_timesteps": 4000}
     run_dir = dqn.train(dqn.Args(**options | {"learning_starts": 4000}))
     obs, actions = (np.concatenate(x) for x in zip(*record.acted))
@@ -1058,6 +1067,7 @@ def test_replay_is_neither_copied_to_be_saved_nor_kept_twice():
     replay = dqn.Replay(args, (4, 36, 36), CPU)
     replay.load_state_dict(checkpoint["replay"])
     assert 200 < replay.num_frames < 300 < replay.capacity
+    assert len(checkpoint["replay"]["frames"]) == replay.num_frames + 1  # and black
     for name in ("stacks", "actions", "rewards", "ends", "frames"):
         for saved in (checkpoint["replay"][name], replay.state_dict()[name]):
             assert saved.untyped_storage().nbytes() == saved.nbytes  # what is filled

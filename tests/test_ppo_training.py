@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -345,13 +346,13 @@ def test_best_pt_is_evaluated_on_episodes_that_did_not_choose_it(ppo, monkeypatc
     played = [{x for x in seen if x[1] == "eval"}]
     shutil.copy("r/checkpoint.pt", "r/step_128.pt")
     assert_same(*(dict(ppo.load_agent("r", *x).state_dict()) for x in ((), ("step_128.pt",))))
-    for path in ("r", "r/best.pt", "r/step_128.pt"):
+    for path in ("r", "r/checkpoint.pt", "r/best.pt", "r/step_128.pt"):
         seen.clear()
         again = dataclasses.replace(args, evaluate=path)
         runs.evaluate(ppo.load_agent, again, ppo.check_args(again))
         played.append(seen.copy())
-    assert [len(x) for x in played] == [6] * 4  # of two episodes: resets, actions, epsilon
-    assert played[0] == played[1] and played[0].isdisjoint(played[2] | played[3])
+    assert [len(x) for x in played] == [6] * 5  # of two episodes: resets, actions, epsilon
+    assert played[0] == played[1] == played[2] and played[0].isdisjoint(played[3] | played[4])
 
 
 @needs_compiler
@@ -417,6 +418,21 @@ def test_an_infinite_reward_is_noticed_though_signs_are_learned_from(ppo, capsys
     with pytest.raises(SystemExit) as stopped:
         ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=640, clip_reward=True, **SHORT))
     assert stopped.value.code == 1 and "reward or observation became" in capsys.readouterr().err
+
+
+def test_signs_of_rewards_are_learned_from_if_asked(ppo, monkeypatch):
+    rewards, estimate, seen = itertools.cycle([-0.3, 0.0, 2.5, -7.0]), ppo.estimate, []
+    monkeypatch.setattr(envs, "_number", lambda _: next(rewards))
+
+    def spy(agent, rollout, *rest):
+        seen.append(rollout.rewards.ravel().tolist())
+        return estimate(agent, rollout, *rest)
+
+    monkeypatch.setattr(ppo, "estimate", spy)
+    for clip in (True, False):
+        options = SHORT | {"clip_reward": clip, "run_dir": f"r{clip}", "eval_episodes": 4}
+        ppo.train(ppo.Args(env_id=simple(ppo), total_timesteps=64, **options))
+    assert seen == [[-1, 0, 1, -1] * 16, [-0.3, 0, 2.5, -7.0] * 16]
 
 
 def test_infinite_loss_stops_the_run(ppo, capsys, monkeypatch):
@@ -516,6 +532,13 @@ def test_without_normalised_advantages_a_minibatch_may_be_of_one(ppo):
     ppo.check_args(ppo.Args(env_id=simple(ppo), num_minibatches=8, **options))
 
 
+def test_a_minibatch_may_be_a_whole_rollout(ppo):
+    args = ppo.Args(env_id=simple(ppo), num_envs=2, num_steps=8, minibatch_size=16)
+    ppo.check_args(args)
+    with pytest.raises(SystemExit):
+        ppo.check_args(dataclasses.replace(args, minibatch_size=17))
+
+
 def test_hidden_sizes_may_be_a_list(ppo):
     ppo.check_args(ppo.Args(env_id=simple(ppo), hidden_sizes=[8, 8]))
 
@@ -543,6 +566,25 @@ def test_the_run_folder_holds_what_it_should(run, tmp_path, ppo):
     assert steps == [400, 400]  # 200 steps of two environments
     rates = [value for _, value in tags["charts/learning_rate"]]
     assert rates == pytest.approx([ppo.Args.learning_rate * (1 - i / 5) for i in range(5)])
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "toy_envs:Counter-truncated-discrete-v0"])
+def test_a_run_folder_is_one_folder_in_runs(env_id, monkeypatch):
+    folders = []
+    monkeypatch.setattr(runs.Run, "save", lambda run, _: folders.append(run.dir) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ppo_discrete.train(ppo_discrete.Args(env_id=env_id, compile=False))
+    (folder,) = folders
+    assert folder.parent == Path("runs") and "/" not in folder.name and ":" not in folder.name
+
+
+def test_an_evaluation_is_played_on_the_device_of_the_run(ppo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compute, "setup_torch", lambda *_, **__: torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError):
+        load = lambda path, device: asked.append((path, device.type)) or 1 / 0  # noqa: E731
+        runs.evaluate(load, ppo.Args(evaluate="r"), (None, None))
+    assert asked == [("r", "cuda")]
 
 
 def test_logged_returns_are_those_of_the_episodes(ppo):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -29,6 +30,7 @@ from conftest import (
     flags,
     scalars,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_atari as dqn
 import sac_continuous as sac
@@ -633,8 +635,13 @@ def test_the_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(sys, "stderr", Terminal())
     more = dataclasses.replace(args, resume="r", total_timesteps=128)
+    seconds = itertools.count(0, 64)  # at every look at the clock
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), time_ns=time.time_ns)
+    monkeypatch.setattr(runs, "time", clock)
     train(more, load_checkpoint("r/checkpoint.pt"))
     assert " 128/128 " in sys.stderr.getvalue()
+    last = EventAccumulator("r").Reload().Scalars("charts/SPS")[-1]
+    assert (last.step, last.value) == (128, 1)  # 64 steps, in 64 s
 
 
 @pytest.mark.parametrize("name", [{"exp_name": "x" * 300}, {"run_dir": "runs/" + "x" * 300}])
@@ -770,6 +777,19 @@ def test_a_run_that_cannot_begin_leaves_no_folder(error, monkeypatch):
     with pytest.raises(error):
         train(Args(env_id="Pendulum-v1", total_timesteps=192, run_dir="r", **SHORT))
     assert not Path("r").exists()
+
+
+def test_what_environments_draw_as_they_are_restored_is_not_missed_later(monkeypatch):
+    """Rewards have noise of a generator of the process: the same as without the interruption."""
+    args = Args(env_id="toy_envs:Hazy-v0", total_timesteps=384, checkpoint_every=64, **SHORT)
+    train(dataclasses.replace(args, run_dir="whole"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(runs.Run, "due", lambda run, every, step: every and (step < 192 or 1 / 0))
+        train(dataclasses.replace(args, run_dir="r"))
+    checkpoint = load_checkpoint("r/checkpoint.pt")
+    assert checkpoint["global_step"] == 128
+    train(dataclasses.replace(args, run_dir="r", resume="r"), checkpoint)
+    assert_same_runs(Path("whole"), Path("r"))
 
 
 def test_two_runs_begun_in_one_second_have_two_folders(monkeypatch):

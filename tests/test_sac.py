@@ -219,6 +219,13 @@ def test_twin_networks_equal_two_of_linear_layers_and_begin_as_they_do():
         assert (twin.weight[0] != twin.weight[1]).all() and (twin.bias[0] != twin.bias[1]).all()
 
 
+def test_the_policy_has_the_layers_that_are_asked_for():
+    actor = make_agent(hidden_sizes=(64, 48, 32)).actor
+    sizes = [(x.in_features, x.out_features) for x in actor[::2]]
+    assert sizes == [(4, 64), (64, 48), (48, 32), (32, 6)]
+    assert all(type(x) is nn.ReLU for x in actor[1::2])
+
+
 # the two updates
 
 
@@ -833,6 +840,17 @@ def test_nan_from_an_environment_stops_the_run_and_leaves_the_last_good_checkpoi
     assert all(x.isfinite().all() for x in sac.load_agent("r").parameters())
 
 
+@pytest.mark.parametrize("when", [101, 150], ids=["first", "last"])
+def test_one_infinite_reward_between_two_logs_is_noticed_at_the_next(when, capsys, monkeypatch):
+    count = itertools.count(1)
+    monkeypatch.setattr(envs, "_number", lambda _: math.inf if next(count) == when else 0.0)
+    options = SHORT | {"checkpoint_every": 50, "total_timesteps": 400, "log_every": 50}
+    with pytest.raises(SystemExit) as stopped:
+        sac.train(sac.Args(env_id="Pendulum-v1", **options | {"learning_starts": 300}))
+    assert stopped.value.code == 1 and "a reward or observation" in capsys.readouterr().err
+    assert load_checkpoint(Path("r/checkpoint.pt"))["global_step"] == 100
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "toy_envs:Shaped-v0"])
 def test_nan_loss_stops_the_run(env_id, capsys):
     """No environment meets the actions: one would return NaN, the other refuse them."""
@@ -871,7 +889,7 @@ def test_infinite_loss_stops_the_run(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"env_id": "CartPole-v1"}, "discrete actions"),
+        ({"env_id": "CartPole-v1"}, "discrete actions; use ppo_discrete.py"),
         ({"env_id": "toy_envs:Unbounded-v0"}, "without bounds"),
         ({"env_id": "toy_envs:Words-v0"}, "Dict observations"),
         ({"buffer_size": 0}, "--buffer-size 0"),

@@ -216,6 +216,14 @@ class Dice(Counter):
         return np.array([first, random.random(), torch.rand(()).item()])
 
 
+class Hazy(Counter):
+    """Draws noise on its rewards from a generator of the process."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + np.random.normal(), *rest
+
+
 class Listed(Counter):
     """Gives its observations in lists."""
 
@@ -424,6 +432,7 @@ for cls in (
     Curious,
     Dial,
     Dice,
+    Hazy,
     Listed,
     Threads,
     Arrays,
