@@ -73,11 +73,18 @@ def test_the_readmes_table_of_atari_is_what_the_results_give():
         told.append((script, *columns))
     found = []
     for name in MORE:
-        for env_id, (result,) in results.read_folder(results.FOLDER / name).items():
+        for env_id, (result, *more) in results.read_folder(results.FOLDER / name).items():
             words = result.config["command"].removeprefix("python ")
             neither = r" --(env-id|total-timesteps|num-threads|seed) \S+| --checkpoint-replay"
             row = re.sub(neither, "", words), env_id, f"{result.total:,}"
-            mean = result.last().mean()
+            mean = np.mean([x.last().mean() for x in (result, *more)])
+            if more:
+                seeds = " and ".join(f"{x.last().mean():.1f}" for x in (result, *more))
+                said = (
+                    f"one seed each, but two of `dqn_atari.py --bf16` on Pong, which return {seeds}"
+                )
+                assert (name, len(more)) == ("dqn_pong_2m", 1)
+                assert f"{said}:" in " ".join(README.read_text().split())
             if env_id.startswith("ALE/"):
                 whole = {"args": result.config["args"] | {"total_timesteps": 10_000_000}}
                 known = results.published(result.config | whole)
@@ -162,9 +169,15 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     )
     assert min(without) < with_bf16[0] < max(without) and len(without) == 3
     assert "SAC's one seed with it lies among the three without:" in readme
-    pong = results.read_csv(results.FOLDER / "dqn_pong_2m" / "ALE-Pong-v5" / "1.csv")
-    late = pong.returns[pong.steps > 1_750_000].mean()
-    assert f"1.75M and 2M steps that run's games return {late:.1f} on average" in readme
+    pong = results.read_folder(results.FOLDER / "dqn_pong_2m")["ALE/Pong-v5"]
+    late = [f"{x.returns[x.steps > 1_750_000].mean():.1f}" for x in pong]
+    begin = [f"{x.steps[-100] / 1e6:.1f}M" for x in pong]
+    evaluated = [f"{x.config['evaluation']['return']:.1f}" for x in pong]
+    late, begin, evaluated = (" and ".join(x) for x in (late, begin, evaluated))
+    said = f"1.75M and 2M steps their games return {late} on average (the table's last 100 go back"
+    assert f"{said} to {begin}), and ten evaluation games of their last policies {evaluated}." in (
+        readme
+    )
     words = (
         "first of these three runs return {} on average",
         "and 1M those of the last run return {}",
@@ -232,13 +245,9 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     *others, last = evaluated
     assert f"return {', '.join(others)} and {last}" in readme
     assert later == [{500}] * 5 and f"between {min(least):.0f} and 500" in readme
-    names = "dqn_pong_2m", "dqn_pong_2m_all"
-    plain, better = (results.read_folder(results.FOLDER / x)["ALE/Pong-v5"][0] for x in names)
-    scores = [x.config["evaluation"]["return"] for x in (better, plain)]
-    assert (
-        "return {:.1f} on average (again one seed; without these flags {:.1f})".format(*scores)
-        in readme
-    )
+    (better,) = results.read_folder(results.FOLDER / "dqn_pong_2m_all")["ALE/Pong-v5"]
+    said = "games of the last policy return {:.1f} on average (one seed)"
+    assert said.format(better.config["evaluation"]["return"]) in readme
     reached = np.convolve(better.returns, np.full(100, 0.01), "valid") >= 15
     first = better.steps[99 + reached.argmax()]
     assert f"the last 100 games first reach 15 after {first / 1e6:.2f}M steps" in readme
@@ -360,7 +369,7 @@ def test_committed_results_say_how_they_were_made():
 
 @pytest.mark.parametrize("suite", COMMITTED)
 def test_no_seed_of_committed_results_is_left_out(suite):
-    counts = {"ppo_continuous": 5, "ppo_discrete": 5, "sac_continuous": 3}
+    counts = {"ppo_continuous": 5, "ppo_discrete": 5, "sac_continuous": 3, "dqn_pong_2m": 2}
     for env_id, found in results.read_folder(results.FOLDER / suite).items():
         count = counts.get(suite, counts.get(env_id, 1))
         seeds = [result.config["args"]["seed"] for result in found]
