@@ -80,9 +80,10 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
     update_critic, update_actor = sac_continuous.make_updates(
         agent, torch.nn.ModuleDict(optimizers), replay.widths, args
     )
-    batch = agent.log_alpha, replay.rows, replay.sample(None), meta(256, 3)
+    drawn = replay.sample(None)
+    batch = agent.log_alpha, replay.rows, drawn, meta(256, 3)
     assert update_critic(critic, target, actor, *batch).device == META
-    assert update_actor(critic, actor, *batch).device == META
+    assert update_actor(critic, actor, *batch).device == drawn.device == META
 
     for options in ({}, {"double": True, "dueling": True, "prioritized": True}):
         agent, args = on_meta(dqn_atari, PICTURE, BUTTONS, buffer_size=100, **options)
@@ -93,7 +94,8 @@ def test_nothing_that_learning_touches_stays_on_the_cpu(monkeypatch):
         update = dqn_atari.make_update(agent, optimizer, args)
         metrics, error = update(parameters, target, replay.batch(drawn), weight)
         replay.update_priorities(drawn, error)
-        assert metrics.device == error.device == replay.max_priority.device == META
+        devices = {x.device for x in (drawn, weight, metrics, error, replay.max_priority)}
+        assert devices == {META}
         assert replay.latest(4).device == META
 
 
