@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -45,8 +46,10 @@ def plot(suites: Positional[tuple[str, ...]] = (), run_dir: Path = ROOT) -> None
     for folder in (folder for folder in folders if folder.is_dir()):
         with contextlib.suppress(*(() if suites else (SystemExit,))):  # one does not end them all
             known[folder] = results.read_folder(folder)
-    if not any(known.values()):
-        fail("no results: python -m benchmarks run SUITE")
+    empty = [folder for folder in known if suites and not known[folder]]
+    if empty or not any(known.values()):
+        where = f" in {empty[0]}" if empty else ""
+        fail(f"no results{where}: python -m benchmarks run SUITE")
     for folder, by_env in known.items():
         pictures = {"": draw_curves, "_time": draw_times, "_aggregate": draw_aggregate}
         for suffix, draw in pictures.items() if by_env else ():
@@ -58,7 +61,7 @@ def _find(name: str, root: Path) -> Path:
     found = next((path for path in places if path.exists()), None)
     if found is None:
         fail(f"there is no {', '.join(map(str, places))}")
-    return found if found.name else found.absolute()  # as "." has none
+    return Path(os.path.abspath(found)) if found.name in ("", "..") else found  # "." has no name
 
 
 def _pyplot():
@@ -141,6 +144,7 @@ def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = ""
     if not (found := [result for result in found if result.steps.size]):
         return
     whole = ["evaluation" in result.config for result in found]
+    unfinished = len(whole) - sum(whole)
     whole = np.array(whole) if any(whole) else np.ones(len(found), bool)
     total = max(result.total for result in found)
     fewest = min(result.steps.size for result, inside in zip(found, whole) if inside)
@@ -160,10 +164,9 @@ def _draw(axis, found: list[Result], color: str, unit: int = 0, prefix: str = ""
     returns = [np.interp(x, *seed, left=np.nan) for seed in zip(own, returns)]
     returns = np.stack(returns)[whole]
     low, high = np.transpose([results.interval(column) for column in returns.T])
-    label = (
-        f"mean of {len(returns)} seeds, 95% bootstrap interval" if len(returns) > 1 else "1 seed"
-    )
-    label += f" ({len(found) - len(returns)} not finished)" * (not whole.all())
+    label = f"mean of {len(returns)} seeds, 95% bootstrap interval"
+    few = {1: "1 seed", 2: "mean and range of 2 seeds"}
+    label = few.get(len(returns), label) + f" ({unfinished} not finished)" * (unfinished > 0)
     axis.plot(x, returns.mean(axis=0), color=color, label=prefix + label)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -245,6 +248,7 @@ def draw_aggregate(by_env: dict[str, list[Result]], path: Path) -> None:
         from rliable import library, metrics
     except ImportError as error:
         print(f"no aggregate of {name} ({error}): {INSTALL}, with Python below 3.14")
+        path.unlink(missing_ok=True)
         return
     functions = {"interquartile mean": metrics.aggregate_iqm, "mean": metrics.aggregate_mean}
     functions |= {"median": metrics.aggregate_median}

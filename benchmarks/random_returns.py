@@ -37,6 +37,8 @@ def random(env_ids: tuple[str, ...] = (), episodes: int = 100, seed: int = 1) ->
 
     if episodes < 1:
         fail(f"--episodes {episodes}: must be at least 1")
+    if seed < 0:
+        fail(f"--seed {seed}: must be at least 0")
     every = {env_id for suite in SUITES.values() for _, env_id, _ in suite.runs}
     rows = {}
     if FILE.exists():

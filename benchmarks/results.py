@@ -151,14 +151,14 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     named = [(_environment(result.config["args"]["env_id"]), result) for result in found]
     by_env = {x: [r for name, r in named if name == x] for x in sorted({x for x, _ in named})}
     for env_id, same in by_env.items():
-        scripts, args = {x.config["script"] for x in same}, [x.config["args"] for x in same]
-        known: dict = {}
-        flags = [(name, value) for x in args for name, value in x.items() if name not in LIKE]
-        flags += [("minibatch_size", minibatch_size(x)) for x in args]
-        unlike = {name for name, value in flags if known.setdefault(name, value) != value}
-        unlike |= {"script"} if len(scripts) > 1 else set()
+        args = [x.config["args"] | {"script": x.config["script"]} for x in same]
+        for x in args:  # an argument that is newer than a run is off in it
+            x |= {name: None for name, value in x.items() if value is False}
+            x |= {"minibatch_size": minibatch_size(x)}
+        names = {name for x in args for name in x} - LIKE | {"minibatch_size"}
+        unlike = [x for x in sorted(names) if any(y.get(x) != args[0].get(x) for y in args)]
         if unlike:
-            why = ", ".join(sorted(unlike))
+            why = ", ".join(unlike)
             fail(f"{path} has runs of {env_id} that differ in more than their seed: {why}")
         if len({x["seed"] for x in args}) < len(same):
             fail(f"{path} has several runs of {env_id} of one seed: name fewer")
@@ -313,6 +313,7 @@ def published(config: dict) -> Published | None:
             same = row["script"] == config["script"]
             same &= int(row["steps"]) == config["args"]["total_timesteps"]
             same &= _name(row["env_id"]) == _name(config["args"]["env_id"])
+            same &= not config["args"].get("sticky_actions")  # which CleanRL's games have not
             if same and row["source"].startswith("CleanRL"):
                 version = row["env_id"].rsplit("-", 1)[1]
                 alike = "NoFrameskip" in row["env_id"]  # one protocol, by either name
@@ -359,7 +360,7 @@ def rows(suite: str) -> list[str]:
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
         known = published(found[0].config)
-        spread = f"{low} to {high}" if len(values) > 1 else "-"
+        spread = f"{low} to {high}" if len(values) > 2 else "-"  # of two it would be their range
         columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), spread
         columns += (", ".join(format(value, form) for value in values),)
         columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)

@@ -308,7 +308,10 @@ def work(jobs: list[Job], workers: int, threads: int, screen: Screen) -> list[in
         ask()  # those that were about to begin when a signal came
         for job in jobs:
             if job.process:
-                job.poll()
+                try:
+                    job.poll()
+                except OSError as error:  # the other runs go on
+                    job.fail(str(error))
         for job in jobs:
             free = workers > sum(other.process is not None for other in jobs)
             if free and not signals and job.state in ("waiting", "elsewhere"):

@@ -122,6 +122,8 @@ def speed(
         words = [word.split("=")[0].replace("_", "-") for word in shlex.split(flags)]
     if own := [word for word in words if word in OWN]:
         fail(f"--flags {flags}: {own[0]} is for this command to give")
+    if num_steps and script in ("sac_continuous", "dqn_atari"):
+        fail(f"--num-steps {num_steps}: goes with PPO")
     work = WORK.get(f"{script}, {'Atari' if atari else peer}", WORK[script])
     peer_name, package = PEERS[peer]
     beside = cleanrl is not None or importlib.util.find_spec(peer) is not None
@@ -226,8 +228,8 @@ def clock_script(setting: dict, threads: int, flags: str) -> tuple[tuple[float, 
     words = [str(ROOT / f"{setting['script']}.py"), "--num-threads", str(threads)]
     for name, value in list(setting.items())[1:]:
         words += [f"--{name.replace('_', '-')}", str(value)]
-    words += shlex.split(flags) + ["--log-every", "500"] * ("learning_starts" in setting)
-    words += ["--eval-episodes", "1", "--checkpoint-every", "0"]
+    words += ["--log-every", "500"] * ("learning_starts" in setting)
+    words += ["--eval-episodes", "1", "--checkpoint-every", "0", *shlex.split(flags)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         _run([*words, "--run-dir", f"{folder}/run"])

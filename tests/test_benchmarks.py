@@ -526,6 +526,8 @@ def test_what_is_published_says_of_which_version_it_is(script, env_id, steps, la
         {"script": script, "args": {"env_id": env_id, "total_timesteps": steps}}
     )
     assert (known and known.label) == label
+    args = {"env_id": env_id, "total_timesteps": steps, "sticky_actions": 0.25}
+    assert not results.published({"script": script, "args": args})
 
 
 def test_the_command_is_kept_without_what_says_only_where():
@@ -748,7 +750,12 @@ def test_a_seed_that_is_not_finished_is_drawn_but_not_in_the_mean(monkeypatch):
         (*seeds, mean, _published), (*others, expected, _published) = lines
         assert len(seeds) - len(others) == 1
         np.testing.assert_array_equal(mean.get_xydata(), expected.get_xydata())
-        assert mean.get_label().endswith("interval (1 not finished)")
+        assert mean.get_label() == "mean and range of 2 seeds (1 not finished)"
+    for result in found:
+        result.config.pop("evaluation", None)
+    plots.draw_curves({"Hopper-v5": found}, Path())
+    *_, mean, _published = figures[-1].axes[0].lines
+    assert mean.get_label() == "mean of 3 seeds, 95% bootstrap interval (3 not finished)"
 
 
 def test_plot_does_without_rliable_and_without_published_values(suite, capsys, monkeypatch):
@@ -958,7 +965,7 @@ def test_runs_that_are_unlike_are_not_compared(suite, capsys):
 def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
     first, second = (make_result(seed=seed) for seed in (1, 2))
     first.config["args"] |= {"learning_rate": 0.1, "num_threads": 1}
-    second.config["args"] |= {"learning_rate": 0.1, "num_threads": 2, "newer": True}
+    second.config["args"] |= {"learning_rate": 0.1, "num_threads": 2, "newer": False}
     for result in (first, second):
         write_result(result, tmp_path)
     assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
@@ -968,7 +975,7 @@ def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
     for result in (first, second):  # the same, by another argument
         write_result(result, tmp_path)
     assert len(results.read_folder(tmp_path)["Hopper-v5"]) == 2
-    for changed in ({"learning_rate": 0.2}, {"minibatch_size": 16}, {"newer": False}):
+    for changed in ({"learning_rate": 0.2}, {"minibatch_size": 16}, {"newer": True}):
         third = make_result(seed=3)
         third.config["args"] = second.config["args"] | {"seed": 3} | changed
         write_result(third, tmp_path)
@@ -1025,12 +1032,15 @@ def test_the_interval_of_a_difference_covers_it(seeds):
         ("export", "name run folders"),
         ("export file --suite smoke", "--suite smoke: name run folders or a suite"),
         ("plot file", "file is not a folder"),
+        ("plot empty", "no results in empty: "),
         ("speed --repeats 0", "--repeats 0"),
+        ("speed sac_continuous --num-steps 64", "--num-steps 64: goes with PPO"),
         ("speed --num-envs 0", "--num-envs 0"),
         ("speed --threads 0", "--threads 0"),
         ("speed --flags=--num_envs=8", "--flags --num_envs=8: --num-envs is for this command"),
         ("speed --flags='", "--flags ': No closing quotation"),
         ("random --episodes 0", "--episodes 0"),
+        ("random --seed -1", "--seed -1: must be at least 0"),
         ("speed --peer torchrl --num-envs 8", "one environment"),
         ("speed sac_continuous --peer torchrl", "goes with ppo_continuous"),
         ("speed --peer cleanrl", "a checkout of it, go together"),
@@ -1043,6 +1053,7 @@ def test_the_interval_of_a_difference_covers_it(seeds):
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, why, monkeypatch, capsys):
     Path("file").touch()
+    Path("empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # what it does to pipes is for it alone
     with pytest.raises(SystemExit) as stopped:
@@ -1635,6 +1646,12 @@ def test_a_suite_is_what_was_asked_for_and_no_more_at_a_time(monkeypatch, capsys
     started.clear()
     run.run("ppo_discrete", ("Acrobot-v1",), first_seed=4, workers=2)
     assert started == [("Acrobot-v1", seed) for seed in (4, 5)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+        broken = lambda job: setattr(job, "process", None) or open("gone")  # noqa: E731
+        patch.setattr(run.Job, "poll", broken)
+        run.run("ppo_discrete", ("Acrobot-v1",), seeds=2, workers=1)
+    assert capsys.readouterr().out.count("No such file or directory: 'gone'") == 2
+    alive.clear()
     most = 0
     monkeypatch.setattr(run, "available_memory", lambda: 20e9)
     with monkeypatch.context() as patch:
