@@ -347,13 +347,18 @@ def unlike(a: list[Result], b: list[Result]) -> str:
 def made_with(side: list[Result]) -> dict[str, str]:
     """Return the commits and versions behind some results."""
     found: dict[str, set[str]] = {}
-    for config in (result.config for result in side):
+    for config in (x for result in side for x in _parts(result.config)):
         commit = re.sub(r"^(\w{7})\w*", r"\1", str(config.get("commit")))
         if commit.endswith(("-dirty", "None")) and "code" in config:  # it may be any
             commit += f" {config['code']}"
         for name, value in ({"commit": commit} | config.get("versions", {})).items():
             found.setdefault(name, set()).add(value)
     return {name: ", ".join(sorted(values)) for name, values in found.items()}
+
+
+def _parts(config: dict) -> list[dict]:
+    """Return what a run was begun with, and what else it was resumed with."""
+    return [config, *(config | other for other in config.get("resumed", []))]
 
 
 def judge(a: list[Result], b: list[Result], level: float = 0.95) -> list[tuple[str, str]]:

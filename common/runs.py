@@ -223,6 +223,9 @@ class Run:
                 return
             if other := [x for x in ("code", "versions", "machine") if before.get(x) != config[x]]:
                 print(f"changed since the run began: {', '.join(other)}; resuming may not be exact")
+                now = {x: config[x] for x in ("commit", *other)}
+                before["resumed"] = [*before.get("resumed", []), {"step": self.step} | now]
+                path.write_text(json.dumps(before, indent=2) + "\n")
 
     def _introduce(self) -> None:
         args, last_step = self.args, self.last_step

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, each_script, read_args, run_script
 
 import ppo_continuous
-from common import arguments, compute, envs
+from common import arguments, compute, envs, provenance
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 CASES = {
@@ -186,6 +186,11 @@ def test_damaged_and_foreign_run_folders_are_refused(run, tmp_path):
     (folder / "checkpoint.pt").write_bytes(edit(track=False))
     done = run("ppo_continuous.py", "--resume", "r", cwd=tmp_path)
     assert "changed since the run began: code, versions, machine; resuming" in done.stdout
+    kept = json.loads((folder / "config.json").read_text())
+    (resumed,) = kept["resumed"]
+    assert kept | {"resumed": None} == config | {"resumed": None}
+    assert resumed["step"] < 640 and resumed["code"] == provenance.code("ppo_continuous")
+    assert set(resumed) == {"step", "commit", "code", "versions", "machine"}
     done = run("ppo_discrete.py", "--resume", "r", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: r was made by ppo_continuous.py, not by ppo_discrete.py\n"

@@ -962,6 +962,16 @@ def test_runs_that_are_unlike_are_not_compared(suite, capsys):
         assert "foreign.json is not of a run of these scripts" in capsys.readouterr().err
 
 
+def test_a_run_was_made_with_all_that_it_was_resumed_with():
+    result = make_result()
+    begun = plots.made_with([result])
+    other = {"step": 5, "commit": "b" * 40, "versions": {"torch": "99"}, "code": "x"}
+    result.config["resumed"] = [other]
+    made = plots.made_with([result])
+    assert "bbbbbbb" in made["commit"].split(", ") and begun["commit"] in made["commit"]
+    assert "99" in made["torch"].split(", ")
+
+
 def test_seeds_of_one_thing_have_the_same_flags(tmp_path, capsys):
     first, second = (make_result(seed=seed) for seed in (1, 2))
     first.config["args"] |= {"learning_rate": 0.1, "num_threads": 1}
