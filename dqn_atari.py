@@ -171,7 +171,7 @@ class Agent(nn.Module):
         self.register_buffer("actions", torch.arange(action_space.n) + int(action_space.start))
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
+        """Actions to store, and to send to the environment, for raw obs and noise [B, A]."""
         action = (self.q_network(obs) + noise).argmax(-1)
         return action, self.actions.take(action)  # the space may not start at 0
 
@@ -222,7 +222,7 @@ class Replay:
     def __init__(self, args: Args, obs_shape: tuple[int, ...], device):
         shape, self.args = (args.buffer_size // args.num_envs, args.num_envs), args
         # 2% more, as a truncated step keeps 2 frames (if many do, rows go early), and what the
-        # oldest obs needs beside its row: 4 frames of `start`, or 2 of each of 4 earlier steps
+        # oldest obs needs beside its row: 4 frames of `start`, and 2 of each of 4 earlier steps
         self.capacity = math.ceil(1.02 * args.buffer_size) + 12 * args.num_envs
         frames = self.capacity + 1, *obs_shape[1:]
         self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)

@@ -169,7 +169,7 @@ class Agent(nn.Module):
         return self.policy(x), self.critic(x).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
+        """Actions to store, and to send to the environment, for raw obs and noise [B, A]."""
         mean, log_std, squash = self.policy(self.encode(obs))
         action = mean + log_std.exp() * noise
         env_action = action.view(-1, *self.low.shape)

@@ -180,7 +180,7 @@ class Agent(nn.Module):
         return self.policy(x), self.critic(x).squeeze(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
+        """Actions to store, and to send to the environment, for raw obs and noise [B, A]."""
         action = (self.policy(self.encode(obs)) + noise).argmax(-1)  # the Gumbel-max trick
         return action, self.actions.take(action)  # the space may not start at 0
 

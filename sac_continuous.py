@@ -164,7 +164,7 @@ class Agent(nn.Module):
             self.register_buffer(name, bound)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Actions to store and to send, for raw obs and noise [B, A]; on CPUs traced into NumPy."""
+        """Actions to store, and to send to the environment, for raw obs and noise [B, A]."""
         mean, log_std = self.actor(obs)
         action = (mean + log_std.exp() * noise).tanh()
         return action, self.env_action(action)
