@@ -151,18 +151,21 @@ def read_folder(path: Path) -> dict[str, list[Result]]:
     named = [(_environment(result.config["args"]["env_id"]), result) for result in found]
     by_env = {x: [r for name, r in named if name == x] for x in sorted({x for x, _ in named})}
     for env_id, same in by_env.items():
-        args = [x.config["args"] | {"script": x.config["script"]} for x in same]
-        for x in args:  # an argument that is newer than a run is off in it
-            x |= {name: None for name, value in x.items() if value is False}
-            x |= {"minibatch_size": minibatch_size(x)}
-        names = {name for x in args for name in x} - LIKE | {"minibatch_size"}
-        unlike = [x for x in sorted(names) if any(y.get(x) != args[0].get(x) for y in args)]
-        if unlike:
-            why = ", ".join(unlike)
+        if why := unlike(same):
             fail(f"{path} has runs of {env_id} that differ in more than their seed: {why}")
-        if len({x["seed"] for x in args}) < len(same):
+        if len({x.config["args"]["seed"] for x in same}) < len(same):
             fail(f"{path} has several runs of {env_id} of one seed: name fewer")
     return by_env
+
+
+def unlike(found: list[Result]) -> str:
+    """Name the arguments because of which runs are not seeds of one thing; "" if they are."""
+    args = [x.config["args"] | {"script": x.config["script"]} for x in found]
+    for x in args:  # an argument that is newer than a run is off in it
+        x |= {name: None for name, value in x.items() if value is False}
+        x |= {"minibatch_size": minibatch_size(x)}
+    names = {name for x in args for name in x} - LIKE | {"minibatch_size"}
+    return ", ".join(x for x in sorted(names) if any(y.get(x) != args[0].get(x) for y in args))
 
 
 def _environment(env_id: str) -> str:
@@ -248,6 +251,10 @@ def export(
             fail(f"{file} is of another command, `{other}`: remove it, or take another --name")
         if file.exists() and not repeats(read_csv(file), found[path]):
             fail(f"{file} has other episodes: remove it, or take another --name")
+    for folder in {file.parent for file in files}:
+        seeds = {file: read_csv(file) for file in folder.glob("*.csv")} | files
+        if why := unlike([seeds[file] for file in seeds if file.parent == folder]):
+            fail(f"{folder} would have runs that differ in {why}: take another --name")
     for file, result in files.items():
         write(result, file)
         changed = str(result.config["commit"]).endswith("-dirty")

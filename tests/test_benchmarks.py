@@ -437,7 +437,10 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):  # of the same, but of code that has changed, say
         results.export([ppo.train(dataclasses.replace(args, run_dir="changed", gamma=0.9))])
     assert f"{path} has other episodes" in capsys.readouterr().err
-    assert path.read_bytes() == written
+    with pytest.raises(SystemExit):  # nor is another seed of something else put beside it
+        results.export([ppo.train(dataclasses.replace(args, run_dir="unlike", seed=8, gamma=0.9))])
+    assert f"{path.parent} would have runs that differ in gamma: take" in (capsys.readouterr().err)
+    assert path.read_bytes() == written and not path.with_name("8.csv").exists()
     args = dataclasses.replace(args, run_dir="unfinished")
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -1478,9 +1481,11 @@ def test_a_killed_suite_completes_as_if_undisturbed(monkeypatch, capsys, undistu
     process.wait()
     assert "done: " not in logs[0].read_text()
     monkeypatch.setitem(suites.SUITES, "tiny", TINY)
-    run.run("tiny", workers=2)
+    run.run("tiny", workers=2, flags="--checkpoint_every=512")  # which decides nothing
     assert "--resume" in logs[0].read_text() and "2 of 2 finished" in capsys.readouterr().out
     assert_same_results(folder, undisturbed)
+    saved = load_checkpoint(folder / "1" / "checkpoint.pt")
+    assert saved["args"]["checkpoint_every"] == 512
     before = [log.read_text() for log in logs]
     monkeypatch.setattr(run.subprocess, "Popen", None)  # what is finished is not repeated
     run.run("tiny", workers=2)
