@@ -66,10 +66,6 @@ def check_ranges(args) -> None:
         run = Path(args.run_dir, "checkpoint.pt").exists()
         what = f"--resume {args.run_dir} continues it" if run else "there is no run to resume in it"
         fail(f"--run-dir {args.run_dir}: it exists already; {what}")
-    folder = Path(args.run_dir or "runs/new").absolute()
-    above = next(path for path in folder.parents if os.path.exists(path))
-    if new and not os.access(above, os.W_OK | os.X_OK):
-        fail(f"--run-dir {folder}: nothing can be written into {above}")
     for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, name) and (name != "track" or args.evaluate is None):
             with failing(f"{flag(name)} needs {package}: pip install {package}", ImportError):

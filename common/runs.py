@@ -255,8 +255,8 @@ class Run:
         return self
 
     def __exit__(self, _kind: type | None, error: BaseException | None, _) -> None:
-        if isinstance(error, SystemExit) and error.code == 1:  # `fail`, between two steps
-            with contextlib.suppress(Exception):
+        if isinstance(error, SystemExit):  # between two steps: of `fail`, or of `_leave`
+            with contextlib.suppress(Exception):  # a signal may have ended what they are made of
                 self.parts["envs"].close()
         self.bar.close()
         with contextlib.suppress(OSError):  # of a full disk; what counts is in a checkpoint
@@ -270,15 +270,12 @@ class Run:
             self.parts["envs"].close()
         if self.signal in ASKED and isinstance(error, Exception):  # Ctrl-C ends a compiler too
             self._say(f"ended by {error!r:.200}", sys.stderr)
-            self._leave(close=False)  # amid a step, it might wait for ever
+            self._leave()  # without closing them: amid a step, that might wait for ever
 
-    def _leave(self, close: bool = True) -> NoReturn:
+    def _leave(self) -> NoReturn:
         script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
         resume = shlex.join(["python", script, "--resume", str(self.dir)])
         self._say(f"stopped at step {self.saved:,}; go on: {resume}")
-        if close:
-            with contextlib.suppress(Exception):  # the signal may have ended what they are made of
-                self.parts["envs"].close()
         raise SystemExit(128 + self.signal)
 
     def _stop(self, number: int, _frame) -> None:

@@ -59,7 +59,7 @@ CASES = {
     "--resume a --evaluate b": "exclude each other",
     "--resume nowhere --gamma 0.5": "--gamma",
     "--run-dir taken": "exists already; there is no run to resume in it",
-    "--run-dir hidden/wandb/__init__.py/run": "nothing can be written into",
+    "--run-dir hidden/wandb/__init__.py/run": "Not a directory",
     "--evaluate " + 300 * "x": "is not a run folder",
     "--track": "pip install wandb",
     "--wandb-project-name p": "--wandb-project-name p: must go with --track",
