@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import random
 import shutil
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -98,6 +100,60 @@ def test_an_edited_network_acts_and_learns_alike(case, network, edited, monkeypa
             np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
     for name, parameter in agent.named_parameters():
         assert name.startswith("target") or not torch.equal(parameter, begun[name]), name
+
+
+FLAG = '    term_coef: float = 0.0\n    """coefficient of the term"""\n'
+TERM = "args.term_coef * (extra * {}).mean()"
+OF_PPO = {  # what a reader changes to, by what there is: a term with something known of each sample
+    "    target_kl: float": FLAG + "    target_kl: float",
+    "old_value, target, args": "old_value, target, extra, args",
+    "old_value, target):": "old_value, target, extra):",
+    "    kl = -log_ratio": f"    loss = loss + {TERM.format('value')}\n    kl = -log_ratio",
+    "values, targets\n": "values, targets, torch.tensor(rollout.rewards).float().flatten()\n",
+}
+OF_SAC = {
+    "    log_every: int": FLAG + "    log_every: int",
+    "size, 1, 1, obs_size\n": "size, 1, 1, obs_size, 1\n",
+    "reward, terminated, next_obs)]": "reward, terminated, next_obs, reward)]",
+    "_, reward, _, next_obs =": "_, reward, _, next_obs, _ =",
+    "reward, termination, next_obs =": "reward, termination, next_obs, extra =",
+    "return (q - y)": f"return {TERM.format('q.T')} + (q - y)",
+}
+OF_DQN = {
+    "    log_every: int": FLAG + "    log_every: int",
+    "        self.rewards =": "        self.extra = torch.zeros(shape, device=device)\n        self.rewards =",
+    "        self.actions[row], ": "        self.extra[row] = torch.as_tensor(reward)\n        self.actions[row], ",
+    "reward, discount, next_obs\n": "reward, discount, next_obs, self.extra[row, env]\n",
+    "reward, discount, next_obs =": "reward, discount, next_obs, extra =",
+    "return td_loss(": f"return {TERM.format('q')} + td_loss(",
+    '"rewards": rows,': '"rewards": rows, "extra": rows,',
+    '"actions", "rewards"': '"actions", "rewards", "extra"',
+}
+
+
+@pytest.mark.parametrize(
+    "case, edits",
+    [("ppo", OF_PPO), ("ppo-discrete", OF_PPO), ("sac", OF_SAC), ("dqn-all", OF_DQN)],
+)
+def test_a_term_of_the_loss_is_added_where_the_readme_says(case, edits, monkeypatch):
+    """Without weight it changes no bit, and with some what is learned."""
+    (script, options), text = CASES[case], Path(CASES[case][0].__file__).read_text()
+    for old, new in edits.items():
+        assert old in text
+        text = text.replace(old, new)
+    Path("mine.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("mine", "mine.py")
+    mine = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    spec.loader.exec_module(mine)
+    options = options | SHORT | {"compile": False}
+    script.train(script.Args(**options, run_dir="as it is"))
+    for coef in (0.0, 0.1):
+        mine.train(mine.Args(**options, term_coef=coef, run_dir=f"{coef}"))
+    weights = [load_checkpoint(Path(x, "checkpoint.pt"))["agent"] for x in ("as it is", "0.0")]
+    assert_same(*weights)
+    learned = load_checkpoint(Path("0.1/checkpoint.pt"))["agent"]
+    assert any(not torch.equal(learned[name], x) for name, x in weights[0].items())
 
 
 @each_script
