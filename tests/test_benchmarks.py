@@ -65,6 +65,12 @@ def test_the_readmes_tables_and_commands_are_those_that_the_results_give(suite):
     assert "\n".join(results.commands(suite)) in DETAILS.read_text()
 
 
+def listed(words) -> str:
+    """Return `a, b and c`."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}"
+
+
 def test_the_readmes_table_of_atari_is_what_the_results_give():
     told, script = [], ""
     for line in README.read_text().split("| script | game |")[1].split("\n\n")[0].splitlines()[2:]:
@@ -79,12 +85,10 @@ def test_the_readmes_table_of_atari_is_what_the_results_give():
             row = re.sub(neither, "", words), env_id, f"{result.total:,}"
             mean = np.mean([x.last().mean() for x in (result, *more)])
             if more:
-                seeds = " and ".join(f"{x.last().mean():.1f}" for x in (result, *more))
-                said = (
-                    f"one seed each, but two of `dqn_atari.py --bf16` on Pong, which return {seeds}"
-                )
-                assert (name, len(more)) == ("dqn_pong_2m", 1)
-                assert f"{said}:" in " ".join(README.read_text().split())
+                seeds = listed(f"{x.last().mean():.1f}" for x in (result, *more))
+                said = "one seed each, but three of `dqn_atari.py --bf16` on Pong, which return"
+                assert (name, len(more)) == ("dqn_pong_2m", 2)
+                assert f"{said} {seeds}:" in " ".join(README.read_text().split())
             if env_id.startswith("ALE/"):
                 whole = {"args": result.config["args"] | {"total_timesteps": 10_000_000}}
                 known = results.published(result.config | whole)
@@ -147,8 +151,8 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         ("tutorial_150k", "After 150,000, seeds 1 to 3:"),
     ):
         (found,) = results.read_folder(results.FOLDER / name).values()
-        *others, last = (f"{result.config['evaluation']['return']:,.0f}" for result in found)
-        assert f"{words} {', '.join(others)} and {last}" in readme
+        evaluated = listed(f"{result.config['evaluation']['return']:,.0f}" for result in found)
+        assert f"{words} {evaluated}" in readme
     (found,) = results.read_folder(results.FOLDER / "humanoid_v4").values()
     humanoid = np.mean([result.last().mean() for result in found])
     assert len(found) == 3 and f"Humanoid-v4 at {humanoid:.0f} (three seeds" in readme
@@ -173,7 +177,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     late = [f"{x.returns[x.steps > 1_750_000].mean():.1f}" for x in pong]
     begin = [f"{x.steps[-100] / 1e6:.1f}M" for x in pong]
     evaluated = [f"{x.config['evaluation']['return']:.1f}" for x in pong]
-    late, begin, evaluated = (" and ".join(x) for x in (late, begin, evaluated))
+    late, begin, evaluated = map(listed, (late, begin, evaluated))
     said = f"1.75M and 2M steps their games return {late} on average (the table's last 100 go back"
     assert f"{said} to {begin}), and ten evaluation games of their last policies {evaluated}." in (
         readme
@@ -221,8 +225,8 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
             assert f"has there {deviation} (`baselines" in readme
             assert f"five seeds, from {min(seeds):.1f} to {max(seeds):.1f})" in readme
     found = results.read_folder(results.FOLDER / "ppo_discrete")["LunarLander-v3"]
-    *others, last = (f"{result.config['evaluation']['return']:.0f}" for result in found)
-    assert f"over ten episodes each, ours return {', '.join(others)} and {last};" in readme
+    evaluated = listed(f"{result.config['evaluation']['return']:.0f}" for result in found)
+    assert f"over ten episodes each, ours return {evaluated};" in readme
     hover = [np.mean(result.lengths[-100:] == 1000) > 0.5 for result in found]
     assert hover == [False, True, False, True, True] and "seeds 2, 4 and 5 hover" in readme
     words = re.search(r"ppo_discrete.py (--env-id LunarLander[^`]*)", readme)[1].replace("\\ ", "")
@@ -242,8 +246,7 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         later.append({round(value) for step, value in evaluations if step >= 250_000})
         least.append(min(value for _, value in evaluations))
     assert f"after {round(min(solved), -3):,.0f} to {round(max(solved), -3):,.0f} steps" in readme
-    *others, last = evaluated
-    assert f"return {', '.join(others)} and {last}" in readme
+    assert f"return {listed(evaluated)}" in readme
     assert later == [{500}] * 5 and f"between {min(least):.0f} and 500" in readme
     (better,) = results.read_folder(results.FOLDER / "dqn_pong_2m_all")["ALE/Pong-v5"]
     said = "games of the last policy return {:.1f} on average (one seed)"
@@ -369,7 +372,7 @@ def test_committed_results_say_how_they_were_made():
 
 @pytest.mark.parametrize("suite", COMMITTED)
 def test_no_seed_of_committed_results_is_left_out(suite):
-    counts = {"ppo_continuous": 5, "ppo_discrete": 5, "sac_continuous": 3, "dqn_pong_2m": 2}
+    counts = {"ppo_continuous": 5, "ppo_discrete": 5, "sac_continuous": 3, "dqn_pong_2m": 3}
     for env_id, found in results.read_folder(results.FOLDER / suite).items():
         count = counts.get(suite, counts.get(env_id, 1))
         seeds = [result.config["args"]["seed"] for result in found]
