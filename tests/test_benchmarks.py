@@ -1811,7 +1811,7 @@ def test_ctrl_c_lets_runs_save_and_a_run_is_not_started_twice(tmp_path, monkeypa
     (tmp_path / "ppo_continuous.py").write_text("""
 import json, os, pathlib, shlex, signal, sys, time
 if "--resume" in sys.argv:
-    print("done:", sys.argv[-1])
+    print("done:", sys.argv[sys.argv.index("--resume") + 1])
     raise SystemExit
 signals = []
 def stop(number, _):  # as a script's, but without its clock: a scheduler's SIGTERM comes twice
