@@ -135,6 +135,7 @@ class Run:
         if self.step > last_step:
             fail(f"--total-timesteps {args.total_timesteps}: the run is at step {self.step:,}")
         if history["finished"] and self.step == last_step:
+            parts["envs"].close()  # a simulator, say, would outlive this process
             say(f"{self.dir} is finished; to see it: --evaluate {self.dir}")
             raise SystemExit(0)
         if checkpoint:  # popped: no replay in memory twice; users' envs raise their own

@@ -166,6 +166,9 @@ def test_signals_save_and_say_how_to_go_on(run, tmp_path, script, env_id, number
     assert load_checkpoint(tmp_path / "r" / "checkpoint.pt")["global_step"] == step + 128, more
     finished = run(script, "--resume", "r", cwd=tmp_path)
     assert "finished" in finished.stdout and (tmp_path / "r" / "checkpoint.pt").is_file()
+    if env_id == "toy_envs:Helped-v0":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "helper").read_text()), 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -367,6 +368,7 @@ class Helped(Counter):
         options = {"target": time.sleep, "args": (600,), "daemon": True}
         self.helper = multiprocessing.get_context("fork").Process(**options)
         self.helper.start()
+        Path("helper").write_text(str(self.helper.pid))  # of the last that was made
 
     def step(self, action):
         assert self.helper.is_alive()
