@@ -367,7 +367,7 @@ def rows(suite: str) -> list[str]:
         form = ",.0f" if abs(np.mean(values)) >= 100 else ",.1f"
         low, high = (format(value, form) for value in interval(values))
         known = published(found[0].config)
-        spread = f"{low} to {high}" if len(values) > 2 else "-"  # of two it would be their range
+        spread = f"{low} to {high}" if len(values) > 2 else "-"  # of two it would cover half
         columns = env_id, f"{found[0].total:,}", format(np.mean(values), form), spread
         columns += (", ".join(format(value, form) for value in values),)
         columns += (f"{known.mean:{form}} ± {known.std:{form}}" if known else "-",)

@@ -30,7 +30,6 @@ PROGRESS = re.compile(
 NOT_RUN = {"elsewhere": "run by another process", "waiting": "waiting", "failed": "failed"}
 # flags that a run gets from what this command is told itself
 OWN = ("--env-id", "--seed", "--num-threads", "--run-dir", "--resume", "--evaluate")
-SAVING = ("--checkpoint-every", "--checkpoint_every")
 # what --resume says of a run folder that cannot be gone on with, by whatever version
 LOST = re.compile(r"it has no checkpoint\.pt|checkpoint\.pt is empty, damaged or not a checkpoint")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -87,8 +86,9 @@ class Job:
     def checkpoint_every(self) -> list[str]:
         """Return the flag that may be another when the run is gone on with, if it was given."""
         words = [part for word in self.flags for part in word.split("=", 1)]
-        given = [n for flag, n in itertools.pairwise(words) if flag in SAVING]
-        return ["--checkpoint-every", given[-1]] if given else []
+        name, pairs = "--checkpoint-every", itertools.pairwise(words)
+        given = [value for flag, value in pairs if flag.replace("_", "-") == name]
+        return [name, given[-1]] if given else []
 
     def made_by(self) -> dict | None:
         """Return what made the run folder, or the results that are left of it."""

@@ -226,7 +226,9 @@ class Run:
                 print(f"changed since the run began: {', '.join(other)}; resuming may not be exact")
                 now = {x: config[x] for x in ("commit", *other)}
                 before["resumed"] = [*before.get("resumed", []), {"step": self.step} | now]
-                path.write_text(json.dumps(before, indent=2) + "\n")
+                whole = path.with_name(".config.json.writing")
+                whole.write_text(json.dumps(before, indent=2) + "\n")
+                whole.replace(path)
 
     def _introduce(self) -> None:
         args, last_step = self.args, self.last_step

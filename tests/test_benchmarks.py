@@ -442,7 +442,7 @@ def test_export_writes_what_tensorboard_shows(tmp_path, monkeypatch, capsys):
     assert f"{path} has other episodes" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # nor is another seed of something else put beside it
         results.export([ppo.train(dataclasses.replace(args, run_dir="unlike", seed=8, gamma=0.9))])
-    assert f"{path.parent} would have runs that differ in gamma: take" in (capsys.readouterr().err)
+    assert f"{path.parent} would have runs that differ in gamma: take" in capsys.readouterr().err
     assert path.read_bytes() == written and not path.with_name("8.csv").exists()
     args = dataclasses.replace(args, run_dir="unfinished")
     monkeypatch.setattr(ppo.runs.Run, "evaluate", lambda *_: None)

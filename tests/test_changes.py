@@ -121,8 +121,8 @@ OF_SAC = {
 }
 OF_DQN = {
     "    log_every: int": FLAG + "    log_every: int",
-    "        self.rewards =": "        self.extra = torch.zeros(shape, device=device)\n        self.rewards =",
-    "        self.actions[row], ": "        self.extra[row] = torch.as_tensor(reward)\n        self.actions[row], ",
+    "self.rewards = torch": "self.extra, self.rewards = torch.zeros(shape, device=device), torch",
+    "self.actions[row], self.": "self.extra[row] = torch.as_tensor(reward); self.actions[row], self.",
     "reward, discount, next_obs\n": "reward, discount, next_obs, self.extra[row, env]\n",
     "reward, discount, next_obs =": "reward, discount, next_obs, extra =",
     "return td_loss(": f"return {TERM.format('q')} + td_loss(",

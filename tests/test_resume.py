@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import math
 import os
 import shlex
@@ -390,6 +391,22 @@ def test_a_run_whose_config_was_never_on_disk_goes_on(capsys):
     train(more, load_checkpoint("r/checkpoint.pt"))
     assert "r/config.json is damaged" in capsys.readouterr().out
     assert load_checkpoint("r/checkpoint.pt")["global_step"] == 128
+
+
+def test_a_config_to_which_other_code_is_added_is_never_half_written(monkeypatch):
+    args = Args(env_id="Pendulum-v1", total_timesteps=64, anneal_lr=False, run_dir="r", **SHORT)
+    train(args)
+    begun = Path("r/config.json").read_text()
+    more = dataclasses.replace(args, resume="r", total_timesteps=128)
+    monkeypatch.setattr(runs.provenance, "code", lambda script: "other")
+    with monkeypatch.context() as patch:  # killed while it writes
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(more, load_checkpoint("r/checkpoint.pt"))
+    assert Path("r/config.json").read_text() == begun
+    train(more, load_checkpoint("r/checkpoint.pt"))
+    (resumed,) = json.loads(Path("r/config.json").read_text())["resumed"]
+    assert (resumed["step"], resumed["code"]) == (64, "other")
 
 
 def test_a_full_disk_ends_a_run_in_one_line(monkeypatch, capsys):
